@@ -61,7 +61,7 @@ define install
 	echo "Installing '$(1)' at the versions of $$constraints (details: $$log)"; \
 	set -o pipefail; \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 "$$python" -m pip install --progress-bar off -e '$(1)' -c "$$constraints" 2>&1 | tee "$$log" \
-	  | { grep --line-buffered -E '^ *Downloading .*\([0-9]{2,}(\.[0-9]+)? MB\)|^ERROR|^Installing' | cut -c1-100 || true; } \
+	  | { grep --line-buffered -E '^ *Downloading .*\([0-9]{2,}(\.[0-9]+)? MB\)|^ERROR|^Installing' | sed -E 's/(-[0-9][^-]*)-.*\.whl/\1/; s/(packages):.*/\1/' || true; } \
 	  || { tail -n 20 "$$log" >&2; echo "make: the installation failed; all that pip said is in $$log" >&2; exit 1; }; \
 	touch $(2)
 endef
