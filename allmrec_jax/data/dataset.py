@@ -342,4 +342,7 @@ def _write_columns(path: Path, columns: Mapping[str, list]) -> None:
     import polars as pl
 
     kinds = {"key": pl.String, "title": pl.String, "description": pl.String, "categories": pl.List(pl.String)}
-    pl.DataFrame(columns, schema={name: kinds[name] for name in columns}).write_parquet(path)
+    try:
+        pl.DataFrame(columns, schema={name: kinds[name] for name in columns}).write_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,87 @@
+"""What a prepared data set is made of, as figures and as a table."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+
+from allmrec_jax.data.dataset import Dataset
+
+_QUANTILES = {"shortest": 0, "5 %": 5, "median": 50, "95 %": 95, "longest": 100}
+
+
+def summary(dataset: Dataset) -> dict:
+    """The figures of `describe`, for machines. Shares are between 0 and 1; times are seconds since 1970."""
+    lengths = dataset.lengths[1:]
+    users = dataset.users_of_items().astype(np.int64)
+    _, first = np.unique(users * (dataset.n_items + 1) + dataset.items, return_index=True)
+    is_first = np.zeros(dataset.n_interactions, bool)
+    is_first[first] = True
+    tested = dataset.has_target("test")
+    test_positions = dataset.history_end("test")[tested]
+    titles = dataset.titles()[1:]
+    named = [title for title in titles if title]
+    figures = {
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "interactions": dataset.n_interactions,
+        "density": dataset.n_interactions / (dataset.n_users * dataset.n_items),
+        "length": {"mean": float(lengths.mean())}
+        | {name: float(np.percentile(lengths, q)) for name, q in _QUANTILES.items()},
+        "test_users": int(tested.sum()),
+        "users_with_training_only": int((~tested[1:]).sum()),
+        "share_with_title": len(named) / dataset.n_items,
+        "share_with_description": sum(bool(text) for text in dataset.descriptions()) / dataset.n_items,
+        "items_sharing_a_title": len(named) - len(set(named)),
+        "repeats": int((~is_first).sum()),
+        "repeated_test_targets": int((~is_first[test_positions]).sum()),
+        "items_without_training": int((dataset.train_counts()[1:] == 0).sum()),
+    }
+    if dataset.times is not None:
+        ties = (dataset.times[1:] == dataset.times[:-1]) & (users[1:] == users[:-1])
+        figures |= {"first_time": int(dataset.times.min()), "last_time": int(dataset.times.max())}
+        figures["equal_times"] = int(ties.sum())
+    return figures
+
+
+def describe(dataset: Dataset):
+    """A rich renderable: counts, lengths, texts, repeats, time span, and every row of the input accounted for."""
+    from rich.console import Group
+    from rich.table import Table
+
+    figures = summary(dataset)
+    length = figures["length"]
+    table = Table("figure", "value", title=f"{dataset.name} ({dataset.path})", title_justify="left")
+    rows = [
+        ("users / items / interactions", " / ".join(f"{figures[k]:,}" for k in ("users", "items", "interactions"))),
+        ("density", f"{figures['density']:.2%}"),
+        ("mean length", f"{length['mean']:.2f}"),
+        ("lengths: " + ", ".join(_QUANTILES), ", ".join(f"{length[name]:.0f}" for name in _QUANTILES)),
+        ("users with a test and a validation item", f"{figures['test_users']:,}"),
+        ("users with training items only", f"{figures['users_with_training_only']:,}"),
+        ("items with a title", f"{figures['share_with_title']:.1%}"),
+        ("items with a description", f"{figures['share_with_description']:.1%}"),
+        ("items whose title another item has, too", f"{figures['items_sharing_a_title']:,}"),
+        ("items without a training interaction", f"{figures['items_without_training']:,}"),
+        ("interactions with an item the user had before", f"{figures['repeats']:,}"),
+        ("test targets that the user had before", f"{figures['repeated_test_targets']:,}"),
+    ]
+    if "first_time" in figures:
+        days = (datetime.fromtimestamp(figures[key], UTC).date().isoformat() for key in ("first_time", "last_time"))
+        rows.append(("time span", " to ".join(days)))
+        rows.append(("interactions at the same second as the user's one before", f"{figures['equal_times']:,}"))
+    settings = dataset.manifest.get("settings", {})
+    rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
+    rows.append(("fingerprint", dataset.fingerprint[:16]))
+    for row in rows:
+        table.add_row(*row)
+
+    account = dataset.manifest.get("rows")
+    if account is None:
+        return table
+    balance = Table("rows of the input", "count", title="what was dropped and why", title_justify="left")
+    balance.columns[1].justify = "right"
+    balance.add_row("read", f"{account['read']:,}")
+    for entry in account["dropped"]:
+        balance.add_row(f"dropped: {entry['reason']}", f"{-entry['rows']:,}")
+    balance.add_row("kept", f"{account['kept']:,}")
+    return Group(table, balance)
