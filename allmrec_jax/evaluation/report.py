@@ -1,0 +1,223 @@
+"""What an evaluation leaves behind: `metrics.json` for machines, tables for the terminal, `report.html` for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from allmrec_jax.evaluation.labels import COMPARED, METRIC_LABELS, SHOWN, clean, hits, model_labels, p_text, signed
+from allmrec_jax.evaluation.metrics import chance
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def write_metrics(path: str | os.PathLike, scenarios: Mapping[str, Any], **extra: Any) -> None:
+    """Write {"scenarios": {NAME: {MODEL: {METRIC: {"value", "low", "high", "n"}}}}, **extra} as JSON, atomically.
+
+    Args:
+        scenarios: as `metrics.summarise` gives them, by scenario name.
+        extra: further top-level keys, such as `differences` and `about` (seeds, the data's fingerprint, the config,
+            versions, hardware, date, durations). Dataclasses, paths and numpy values become plain JSON.
+
+    Raises:
+        ValueError: a metric without one of the four keys or with a value that is not finite (named), or an extra value
+            that JSON cannot hold.
+    """
+    scenarios = plain(scenarios)
+    for scenario, models in scenarios.items():
+        for model, metrics in models.items():
+            for metric, figures in metrics.items():
+                wrong = [k for k in ("value", "low", "high", "n") if not _is_finite(figures.get(k))]
+                if wrong:
+                    raise ValueError(f"{scenario}, {model}, {metric}: no finite {', '.join(wrong)} in {figures}")
+    text = json.dumps({"scenarios": scenarios, **plain(extra)}, indent=1, ensure_ascii=False, allow_nan=False)
+    _write_atomically(path, text + "\n")
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    conclusion: str,
+    scenarios: Mapping[str, Any],
+    differences: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    about: Mapping[str, Any],
+    warnings: Sequence[str],
+    not_applicable: Mapping[str, str] | None = None,
+) -> None:
+    """Write the evaluation as one HTML page that needs no other file and no network, atomically.
+
+    Args:
+        conclusion: what a reader may conclude, in plain text; an empty line starts a new paragraph.
+        scenarios: {NAME: {MODEL: {METRIC: {"value", "low", "high", "n"}}}}; models appear in this order.
+        differences: {NAME: {A: {B: {METRIC: {"value", "low", "high", "n", "p_value"}}}}}, A minus B.
+        examples: {"user", "history": [titles], "target": title, "choices": {MODEL: title}} for each example user, and
+            optionally "hits": {MODEL: bool} where titles alone cannot tell.
+        curves: {stage: {name: (steps, values)}}.
+        about: the run's facts, shown as they are: plain values in one table, groups (dicts) under their own headings.
+            Four keys are also used elsewhere: "cf" (the CF model's name), "candidates" (how many a user has, one
+            number or {NAME: number}: gives the level of chance), "labels" ({MODEL: label}), and "durations" ({what:
+            seconds}). "data_name" and "date" stand under the title.
+        warnings: sentences the reader must see before the figures.
+        not_applicable: {NAME: reason} for the scenarios that this data cannot support.
+    """
+    from allmrec_jax.evaluation.page import render
+
+    page = render(
+        title=title,
+        conclusion=conclusion,
+        scenarios=plain(scenarios),
+        differences=plain(differences),
+        examples=plain(examples),
+        curves=curves,
+        about=plain(about),
+        warnings=warnings,
+        not_applicable=not_applicable or {},
+    )
+    _write_atomically(path, page)
+
+
+def metrics_table(
+    scenario: Mapping[str, Any],
+    order: Sequence[str],
+    *,
+    about: Mapping[str, Any] | None = None,
+    candidates: int | None = None,
+    title: str | None = None,
+) -> Table:
+    """Models x (Hit@1, Hit@5, NDCG@5, MRR) with 95 % intervals, for the terminal.
+
+    Args:
+        order: models from top to bottom; those without figures are left out.
+        about: names the models, see `labels.model_labels`.
+        candidates: adds a row with the level of chance.
+    """
+    labels = model_labels(about or {})
+    table = _table(title, "Model", SHOWN)
+    for model in (m for m in order if m in scenario):
+        cells = [_interval(scenario[model].get(metric), "{:.3f}".format, "–") for metric in SHOWN]
+        table.add_row(_named(model, labels), *cells)
+    if candidates:
+        by_chance = chance(candidates)
+        table.add_row(_styled("Random order", "dim"), *(_styled(f"{by_chance[m]:.3f}", "dim") for m in SHOWN))
+    return table
+
+
+def differences_table(
+    differences: Mapping[str, Any], *, about: Mapping[str, Any] | None = None, title: str | None = None
+) -> Table:
+    """Paired differences of one scenario, {A: {B: {METRIC: ...}}}, A minus B, with 95 % intervals and p-values."""
+    from rich.text import Text
+
+    labels = model_labels(about or {})
+    table = _table(title, "Difference", COMPARED)
+    for a, of_a in differences.items():
+        for b, figures in of_a.items():
+            head = Text(f"{clean(labels.get(a, a))} minus {clean(labels.get(b, b))}")
+            cells = [_interval(figures.get(metric), signed, " to ") for metric in COMPARED]
+            table.add_row(head, *cells)
+    return table
+
+
+def examples_table(
+    examples: Sequence[Mapping[str, Any]], order: Sequence[str], *, about: Mapping[str, Any] | None = None
+) -> RenderableType:
+    """Example users: history, the true next item, each model's choice; hits are marked."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    labels = model_labels(about or {})
+    blocks: list[RenderableType] = []
+    for example in examples:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", max_width=32)
+        grid.add_column(ratio=1)
+        grid.add_row("history", Text("; ".join(clean(t) for t in example["history"]) or "nothing yet"))
+        grid.add_row("took next", Text(clean(example["target"]), style="bold"))
+        for model in (m for m in order if m in example["choices"]):
+            hit = hits(example, model)
+            choice = Text(clean(example["choices"][model]) + (" ✓" if hit else ""), style="green" if hit else "")
+            grid.add_row(Text(clean(labels.get(model, model))), choice)
+        blocks += [Text(f"User {clean(example['user'])}", style="bold"), Padding(grid, (0, 0, 1, 2))]
+    return Group(*blocks)
+
+
+def plain(value: Any) -> Any:
+    """The same as dicts, lists, strings, numbers, booleans and None: what JSON and the page can show.
+
+    Raises:
+        ValueError: something without a plain form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise ValueError(f"{type(value).__name__} has no plain form: {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _write_atomically(path: str | os.PathLike, text: str) -> None:
+    """A reader, or a run that is interrupted here, finds the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _table(title: str | None, first: str, metrics: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title and Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column(first, min_width=12)
+    for metric in metrics:
+        table.add_column(METRIC_LABELS[metric], justify="right", no_wrap=True)
+    return table
+
+
+def _styled(text: str, style: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def _named(model: str, labels: Mapping[str, str]) -> Any:
+    text = _styled(clean(labels.get(model, model)), "")
+    return text.append(f"\n{clean(model)}", style="dim") if labels.get(model, model) != model else text
+
+
+def _interval(figures: Mapping[str, float] | None, number: Callable[[float], str], between: str) -> Any:
+    """The value, the p-value if there is one, and below them the interval."""
+    if figures is None:
+        return _styled("–", "dim")
+    cell = _styled(f"{p_text(figures['p_value'])}  " if "p_value" in figures else "", "dim")
+    cell.append(number(figures["value"]), style="not dim")
+    return cell.append(f"\n({between.join(number(figures[end]) for end in ('low', 'high'))})", style="dim")
