@@ -1,4 +1,4 @@
-"""What every test stands on: eight CPU devices, strict numerics, checked types, and real data and weights where they can be had."""
+"""What every test stands on: eight CPU devices, strict numerics, checked types, real data and weights if to be had."""
 
 import os
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[str], Path]:
-    """`weights(name)`: the path of a named source (`allmrec data list`), fetched into the cache, or a skip that says why."""
+    """`weights(name)`: the folder of a named source, fetched if need be, or a skip that says why."""
     found: dict[str, Path | str] = {}
 
     def fetch(name: str) -> Path:

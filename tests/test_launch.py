@@ -1,6 +1,6 @@
 """launch/tpu_vm.sh: what it would do, what it does when the TPU is preempted, and what it says to mistakes.
 
-No test reaches a cloud: in those that are not dry runs a stand-in for gcloud comes first on the PATH, and answers from a script.
+No test reaches a cloud: in those that are not dry runs a stand-in for gcloud comes first on the PATH.
 """
 
 import os
@@ -13,7 +13,12 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = PROJECT / "launch" / "tpu_vm.sh"
-ARGUMENTS = {"--zone": "us-west4-a", "--accelerator": "v5litepod-8", "--config": "mine.py", "--workdir": "gs://bucket/run"}
+ARGUMENTS = {
+    "--zone": "us-west4-a",
+    "--accelerator": "v5litepod-8",
+    "--config": "mine.py",
+    "--workdir": "gs://bucket/run",
+}
 
 
 def words(arguments: dict[str, str]) -> list[str]:
@@ -128,7 +133,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A function of the exit statuses of `allmrec run`: the launch's exit status and what gcloud was asked, in brief."""
+    """A function of the exit statuses that `allmrec run` will have: the finished launch, and what gcloud was asked."""
     folder = tmp_path / "cloud"
     folder.mkdir()
     for name, text in {"gcloud": STAND_IN, "no-wheel": "#!/bin/sh\nexit 0\n"}.items():
