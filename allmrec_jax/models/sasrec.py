@@ -1,0 +1,180 @@
+"""SASRec (Kang & McAuley 2018) as the public A-LLMRec code builds it: pure functions over a parameter tree.
+
+Windows are LEFT-padded with item 0. There is a causal mask and no padding mask: padded positions are attended to, as
+in that code, where a padded key is the key bias and a padded value the value bias.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Key
+
+from allmrec_jax.models.params import Parameter, constant, normal, uniform, xavier_normal
+
+LAYER_NORM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    """d = `width`; `maxlen` positions; dropout is the probability of dropping."""
+
+    n_items: int
+    width: int = 50
+    blocks: int = 2
+    heads: int = 1
+    maxlen: int = 50
+    dropout: float = 0.5
+
+
+def describe(c: SASRecConfig) -> dict[str, Any]:
+    """Parameters, the blocks stacked on axis 0. Xavier fans are those of the tensors as PyTorch stores them."""
+    d, L = c.width, c.blocks
+
+    def norm(name: str) -> dict[str, Parameter]:
+        layer = {"layer": "layer"} if "{layer}" in name else {}
+        shape, axes = ((L, d), ("layer", None)) if layer else ((d,), (None,))
+        return {
+            "scale": Parameter(shape, axes, constant(1.0), f"{name}.weight"),
+            "bias": Parameter(shape, axes, constant(0.0), f"{name}.bias"),
+        }
+
+    def dense(name: str) -> dict[str, Parameter]:
+        return {
+            "kernel": Parameter(
+                (L, d, d), ("layer", None, None), xavier_normal(d, d), f"{name}.weight", "out in 1 -> in out"
+            ),
+            "bias": Parameter((L, d), ("layer", None), uniform(d), f"{name}.bias"),
+        }
+
+    attention = "attention_layers.{layer}"
+    return {
+        "E": Parameter((c.n_items + 1, d), ("items", None), xavier_normal(c.n_items + 1, d), "item_emb.weight"),
+        "positions": Parameter((c.maxlen, d), (None, None), xavier_normal(c.maxlen, d), "pos_emb.weight"),
+        "blocks": {
+            "attention_norm": norm("attention_layernorms.{layer}"),
+            "qkv": {
+                "kernel": Parameter(
+                    (L, 3, d, d),
+                    ("layer", None, None, None),
+                    normal(math.sqrt(2 / (4 * d))),
+                    f"{attention}.in_proj_weight",
+                    "(three out) in -> three in out",
+                    {"three": 3},
+                ),
+                "bias": Parameter(
+                    (L, 3, d),
+                    ("layer", None, None),
+                    constant(0.0),
+                    f"{attention}.in_proj_bias",
+                    "(three out) -> three out",
+                    {"three": 3},
+                ),
+            },
+            "out": {
+                "kernel": Parameter(
+                    (L, d, d),
+                    ("layer", None, None),
+                    xavier_normal(d, d),
+                    f"{attention}.out_proj.weight",
+                    "out in -> in out",
+                ),
+                "bias": Parameter((L, d), ("layer", None), constant(0.0), f"{attention}.out_proj.bias"),
+            },
+            "ffn_norm": norm("forward_layernorms.{layer}"),
+            "conv1": dense("forward_layers.{layer}.conv1"),
+            "conv2": dense("forward_layers.{layer}.conv2"),
+        },
+        "last_norm": norm("last_layernorm"),
+    }
+
+
+def layer_norm(x: Float[Array, "*batch d"], w: dict[str, jax.Array], eps: float) -> Float[Array, "*batch d"]:
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return jnp.einsum("...d,d->...d", x, w["scale"]) + jnp.broadcast_to(w["bias"], x.shape)
+
+
+def _dense(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
+    y = jnp.einsum("...i,io->...o", x, w["kernel"])
+    return y + jnp.broadcast_to(w["bias"], y.shape)
+
+
+def features(
+    params: Any,
+    c: SASRecConfig,
+    windows: Int[Array, "batch time"],
+    dropout_keys: Key[Array, "batch"] | None = None,
+) -> Float[Array, "batch time d"]:
+    """Features at every position of left-padded windows; `dropout_keys` (one a row) switch dropout on."""
+    batch, time = windows.shape
+    dropped = dropout_keys is not None and c.dropout > 0
+
+    def drop(x: jax.Array, site: int) -> jax.Array:
+        if not dropped:
+            return x
+        # One key a row, so that a row's mask does not depend on which device or batch it is in.
+        keep = jax.vmap(
+            lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - c.dropout, x.shape[1:])
+        )(dropout_keys)
+        return jnp.where(keep, x / (1 - c.dropout), 0)
+
+    real = (windows != 0)[..., None]
+    causal = jnp.tril(jnp.ones((time, time), bool))[None, None]
+    x = jnp.take(params["E"], windows, axis=0) * math.sqrt(c.width)
+    x = drop(x + params["positions"][None, c.maxlen - time :], 0)
+    x = jnp.where(real, x, 0)
+    for block in range(c.blocks):
+        w = jax.tree.map(lambda leaf, k=block: leaf[k], params["blocks"])
+        query = layer_norm(x, w["attention_norm"], LAYER_NORM_EPS)
+        q, k, v = (
+            rearrange(
+                jnp.einsum("bti,io->bto", source, w["qkv"]["kernel"][part]) + w["qkv"]["bias"][part][None, None],
+                "b t (n k) -> b n t k",
+                n=c.heads,
+            )
+            for part, source in enumerate((query, x, x))
+        )
+        logits = jnp.einsum("bnqk,bnsk->bnqs", q, k) / math.sqrt(c.width // c.heads)
+        weights = drop(jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1), 4 * block + 1)
+        attended = rearrange(jnp.einsum("bnqs,bnsk->bnqk", weights, v), "b n t k -> b t (n k)")
+        x = query + _dense(attended, w["out"])
+        x = layer_norm(x, w["ffn_norm"], LAYER_NORM_EPS)
+        hidden = jax.nn.relu(drop(_dense(x, w["conv1"]), 4 * block + 2))
+        x = x + drop(_dense(hidden, w["conv2"]), 4 * block + 3)
+        x = jnp.where(real, x, 0)
+    return layer_norm(x, params["last_norm"], LAYER_NORM_EPS)
+
+
+def user_representation(
+    params: Any,
+    c: SASRecConfig,
+    windows: Int[Array, "batch time"],
+    dropout_keys: Key[Array, "batch"] | None = None,
+) -> Float[Array, "batch d"]:
+    """x_u: the feature at the last position. An empty history gives the last norm's bias."""
+    with jax.named_scope("x_u"):
+        return features(params, c, windows, dropout_keys)[:, -1]
+
+
+def loss_terms(
+    params: Any,
+    c: SASRecConfig,
+    windows: Int[Array, "batch time"],
+    positives: Int[Array, "batch time"],
+    negatives: Int[Array, "batch time"],
+    dropout_keys: Key[Array, "batch"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions."""
+    f = features(params, c, windows, dropout_keys)
+    real = positives != 0
+    positive = jnp.einsum("btd,btd->bt", f, jnp.take(params["E"], positives, axis=0))
+    negative = jnp.einsum("btd,btd->bt", f, jnp.take(params["E"], negatives, axis=0))
+    terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
+    return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

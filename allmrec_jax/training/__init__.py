@@ -1,0 +1,1 @@
+"""Training: meshes, the resumable loop, Orbax checkpoints and the three stages."""

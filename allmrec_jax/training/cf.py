@@ -1,0 +1,204 @@
+"""Stage 0: trains the collaborative filtering model, one compiled program an epoch, mapped over devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+from allmrec_jax.config import CF
+from allmrec_jax.data import batches
+from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.errors import UserError
+from allmrec_jax.models import params, sasrec
+from allmrec_jax.training import loop, mesh
+from allmrec_jax.training.checkpoint import Checkpoints, Curves
+from allmrec_jax.training.state import State, create, update
+
+SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages share random bits
+
+
+@dataclass(frozen=True)
+class CFModel:
+    """A trained model: the item table E and the user representation x_u of any history."""
+
+    config: sasrec.SASRecConfig
+    params: Any
+
+    @property
+    def E(self) -> Float[Array, "items d"]:
+        return self.params["E"]
+
+    def x_u(self, windows: Int[np.ndarray, "users maxlen"], batch: int = 256) -> Float[np.ndarray, "users d"]:
+        """User representations of left-padded windows, in batches of one shape."""
+        out = []
+        for start in range(0, len(windows), batch):
+            part = windows[start : start + batch]
+            padded = np.zeros((batch, windows.shape[1]), np.int32)
+            padded[: len(part)] = part
+            out.append(np.asarray(_represent(self.params, self.config, padded))[: len(part)])
+        return np.concatenate(out) if out else np.zeros((0, self.config.width), np.float32)
+
+    def scores(self, x_u: np.ndarray, candidates: Int[np.ndarray, "users candidates"]) -> np.ndarray:
+        """x_u . E_i for each candidate."""
+        return np.asarray(_score(self.params["E"], x_u, candidates))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _represent(parameters: Any, config: sasrec.SASRecConfig, windows: jax.Array) -> jax.Array:
+    return sasrec.user_representation(parameters, config, windows)
+
+
+@jax.jit
+def _score(E: jax.Array, x_u: jax.Array, candidates: jax.Array) -> jax.Array:
+    return jnp.einsum("ud,ucd->uc", x_u, jnp.take(E, candidates, axis=0))
+
+
+def make_epoch(
+    c: sasrec.SASRecConfig,
+    optimiser: optax.GradientTransformation,
+    devices: Sequence[Any],
+    *,
+    batch: int,
+    steps: int,
+    l2_emb: float = 0.0,
+    how: mesh.Mapping = "shard_map",
+):
+    """The epoch `(state, data, key) -> (state, {"loss": (steps,)})`: `steps` optimiser steps scanned in one program.
+
+    `data` is replicated: `items` (flat), `start` and `end` of the training items of each eligible user in it,
+    `users` (their ids) and `seen` (for negatives). Batches and negatives are drawn inside, from (key, step, global row),
+    so the number of devices changes nothing but the order of summation.
+    """
+    per_device = batch // len(devices)
+
+    def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
+        rows = mesh.local_rows(per_device)
+        chosen = batches.draw_users(key, state.step, rows, data["start"].shape[0])
+        at = data["end"][chosen][:, None] - c.maxlen + jnp.arange(c.maxlen)[None]  # positions of the positives
+        first = data["start"][chosen][:, None]
+        positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
+        windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
+        negatives = batches.draw_negatives(key, state.step, rows, data["users"][chosen], data["seen"], c.maxlen)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, state.step), row))(rows)
+        count = jax.lax.psum(jnp.sum(positives != 0), mesh.DATA).astype(jnp.float32)
+
+        def loss(parameters: Any) -> jax.Array:
+            total, _ = sasrec.loss_terms(parameters, c, windows, positives, negatives, keys)
+            if l2_emb == 0:
+                return total / count
+            return total / count + l2_emb * jnp.linalg.norm(parameters["E"]) / len(devices)
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        value, gradients = jax.lax.psum((value, gradients), mesh.DATA)
+        return update(state, gradients, optimiser), value
+
+    def epoch(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        state, losses = jax.lax.scan(lambda s, _: step(s, data, key), state, length=steps)
+        return state, {"loss": losses}
+
+    return mesh.map_over_data(epoch, devices, batched=(False, False, False), how=how, donate=(0,))
+
+
+def training_data(dataset: Dataset) -> dict[str, Any]:
+    """The device arrays that `make_epoch` reads.
+
+    Raises:
+      UserError: if no user has two training items.
+    """
+    users = np.flatnonzero(dataset.n_train > 1)
+    if not len(users):
+        raise UserError(f"{dataset.name}: no user has two training items, so there is nothing to train on")
+    start = dataset.offsets[users]
+    return {
+        "items": jnp.asarray(dataset.items),
+        "start": jnp.asarray(start, jnp.int32),
+        "end": jnp.asarray(start + dataset.n_train[users], jnp.int32),
+        "users": jnp.asarray(users, jnp.int32),
+        "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
+    }
+
+
+def make_validation(c: sasrec.SASRecConfig, dataset: Dataset, key: jax.Array, most: int = 10_000):
+    """`params -> {"ndcg@10"}` of the validation items, each among 100 random items outside the training items."""
+    users = np.flatnonzero(dataset.has_target("validation"))[:most]
+    if not len(users):
+        raise UserError(f"{dataset.name}: no user has three items, so there is nothing to validate on")
+    seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
+    negatives = batches.draw_negatives(key, 0, len(users), users, seen, 100)
+    candidates = jnp.concatenate([dataset.targets("validation")[users][:, None], negatives], axis=1)
+    windows = dataset.windows(dataset.history_end("validation")[users], c.maxlen, users)
+
+    def validate(parameters: Any) -> dict[str, float]:
+        model = CFModel(c, parameters)
+        scores = model.scores(model.x_u(windows), candidates)
+        rank = (scores[:, 1:] >= scores[:, :1]).sum(1)  # ties count against us
+        return {"ndcg@10": float(np.mean(np.where(rank < 10, 1 / np.log2(rank + 2), 0)))}
+
+    return validate
+
+
+def train_cf(
+    config: CF,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    seed: int,
+    how: mesh.Mapping = "shard_map",
+    devices: Sequence[Any] | None = None,
+    console: Console | None = None,
+) -> tuple[CFModel, Curves]:
+    """Trains (or goes on with) stage 0 in `folder` and returns the selected model and its curves."""
+    c = sasrec.SASRecConfig(
+        dataset.n_items, config.width, config.blocks, config.heads, config.maxlen, config.dropout
+    )
+    if config.width % config.heads:
+        raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
+    key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
+    init_key, step_key, validation_key = jax.random.split(key, 3)
+    optimiser = optax.adam(config.learning_rate, b1=0.9, b2=0.98, eps=1e-8)
+    state = create(params.init(init_key, sasrec.describe(c)), optimiser)
+    steps = max(1, dataset.n_users // config.batch)
+    epoch = make_epoch(
+        c,
+        optimiser,
+        mesh.data_devices(config.batch, devices),
+        batch=config.batch,
+        steps=steps,
+        l2_emb=config.l2_emb,
+        how=how,
+    )
+    validate = make_validation(c, dataset, validation_key)
+    checkpoints = Checkpoints(folder, best_metric="ndcg@10")
+    data = training_data(dataset)
+    try:
+        state, curves = loop.run(
+            lambda s, _: epoch(s, data, step_key),
+            state,
+            steps=config.epochs,
+            checkpoints=checkpoints,
+            label="stage 0: SASRec",
+            items_per_step=steps * config.batch,
+            item_name="sequences",
+            log_every=min(10, config.evaluate_every),
+            save_every=config.evaluate_every,
+            evaluate=lambda s: validate(s.params),
+            console=console,
+            logs=folder / "logs",
+        )
+        if config.select == "best":
+            restored = checkpoints.restore(state, best=True, warn=(console or Console()).print)
+            if restored is not None:
+                state = restored[1]
+    finally:
+        checkpoints.close()
+    return CFModel(c, state.params), curves

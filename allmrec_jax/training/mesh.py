@@ -1,0 +1,96 @@
+"""Devices: the data axis of stages 0 and 1, and the (data, model) mesh of stage 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from allmrec_jax.errors import UserError
+
+Mapping = Literal["shard_map", "pmap"]
+DATA = "data"
+
+
+def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh `(data, model)` with automatic axis types; `data=None` takes all devices that `model` leaves.
+
+    Raises:
+      UserError: if the devices cannot be cut this way.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data is None:
+        data = len(devices) // model
+    if data * model > len(devices) or data < 1:
+        raise UserError(f"a mesh of {data} x {model} needs {data * model} devices, but there are {len(devices)}")
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"), axis_types=auto)
+
+
+def local_rows(per_device: int) -> jax.Array:
+    """The global rows of a batch that this device computes; call it inside a mapped function."""
+    return jax.lax.axis_index(DATA) * per_device + jnp.arange(per_device)
+
+
+def map_over_data(
+    function: Callable[..., Any],
+    devices: Sequence[Any],
+    *,
+    batched: tuple[bool, ...],
+    how: Mapping = "shard_map",
+    donate: tuple[int, ...] = (),
+    batched_outputs: bool = False,
+) -> Callable[..., Any]:
+    """Maps `function`, written for one device with collectives over the axis `data`, over `devices`.
+
+    Args:
+      batched: for each argument whether its leading axis is cut over the devices (else it is replicated).
+      how: `shard_map` under `jit`, or `jax.pmap` itself.
+      donate: arguments whose buffers may be reused.
+      batched_outputs: whether the outputs' leading axes are cut (else they are replicated).
+
+    Returns:
+      A function of whole (global) arrays that returns whole arrays, whichever way it is mapped.
+    """
+    n = len(devices)
+    if how == "shard_map":
+        mesh = Mesh(np.array(devices), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = tuple(P(DATA) if cut else P() for cut in batched)
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=P(DATA) if batched_outputs else P(), check_vma=False
+        )
+        placed = tuple(NamedSharding(mesh, spec) for spec in specs)
+        return jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
+    if how != "pmap":
+        raise UserError(f"--map {how} is unknown; choose shard_map or pmap")
+    mapped = jax.pmap(
+        function,
+        axis_name=DATA,
+        in_axes=tuple(0 if cut else None for cut in batched),
+        out_axes=0 if batched_outputs else None,
+        devices=list(devices),
+    )
+
+    def whole(*arguments: Any) -> Any:
+        cut = [
+            jax.tree.map(lambda x: rearrange(x, "(n b) ... -> n b ...", n=n), argument) if is_cut else argument
+            for argument, is_cut in zip(arguments, batched, strict=True)
+        ]
+        out = mapped(*cut)
+        return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), out) if batched_outputs else out
+
+    return whole
+
+
+def data_devices(batch: int, devices: Sequence[Any] | None = None) -> list[Any]:
+    """As many devices as divide the batch, so that each gets the same number of rows."""
+    devices = list(jax.devices() if devices is None else devices)
+    while batch % len(devices):
+        devices.pop()
+    return devices

@@ -1,0 +1,121 @@
+"""The index functions: who is in a batch, and which negatives they get."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from allmrec_jax.data.batches import (
+    draw_negatives,
+    draw_users,
+    epoch_order,
+    rows_of_step,
+    seen_items,
+    steps_per_epoch,
+)
+
+
+def _seen(sets: list[list[int]], n_items: int):
+    offsets = np.concatenate([[0, 0], np.cumsum([len(items) for items in sets])])
+    return seen_items(np.array([i for items in sets for i in items], np.int32), offsets, n_items)
+
+
+def _chi_square(counts: np.ndarray) -> float:
+    """Distance from uniform, in standard deviations of the statistic."""
+    expected = counts.sum() / len(counts)
+    freedom = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
+
+
+def test_negatives_are_uniform_over_exactly_the_items_the_user_lacks():
+    sets = [[2, 3, 6], [], [1], [7], [1, 2, 3, 4, 5, 7], [1, 3, 5, 7]]
+    rows = 4000
+    seen = _seen(sets, 7)
+    draw = jax.jit(lambda step, user: draw_negatives(jax.random.key(1), step, rows, user, seen, 3))
+    for user, has in enumerate(sets, 1):
+        drawn = np.asarray(draw(user, np.full(rows, user)))
+        counts = np.bincount(drawn.ravel(), minlength=8)
+        lacks = [item for item in range(1, 8) if item not in has]
+        assert set(np.flatnonzero(counts)) == set(lacks)
+        if len(lacks) > 1:
+            assert abs(_chi_square(counts[lacks])) < 5
+
+
+def test_negatives_of_a_large_catalogue_are_uniform_and_reach_both_ends():
+    n_items = 100_003  # above 2^16, where 32-bit products overflow
+    seen = _seen([[1, 50_000, n_items]], n_items)
+    drawn = np.asarray(draw_negatives(jax.random.key(0), 0, 2000, np.ones(2000, int), seen, 100)).ravel()
+    assert drawn.min() >= 2
+    assert drawn.max() <= n_items - 1
+    assert abs(_chi_square(np.histogram(drawn, bins=100, range=(1, n_items + 1))[0])) < 5
+
+
+def test_a_user_who_has_everything_gets_padding():
+    seen = _seen([[1, 2, 3], [2]], 3)
+    drawn = np.asarray(draw_negatives(jax.random.key(0), 0, 2, np.array([1, 2]), seen, 20))
+    assert not drawn[0].any()
+    assert set(drawn[1]) == {1, 3}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(1, 40), max_size=39), st.integers(0, 2**31 - 1))
+def test_negatives_never_hit_what_the_user_has(has, seed):
+    seen = _seen([sorted(has)], 40)
+    drawn = set(np.asarray(draw_negatives(jax.random.key(seed), 5, 8, np.ones(8, int), seen, 8)).ravel().tolist())
+    assert drawn <= set(range(1, 41)) - has
+
+
+def test_a_process_computes_its_own_rows():
+    key, users = jax.random.key(3), np.array([1, 2, 1, 2, 1, 2, 1, 2])
+    seen = _seen([[2, 3], [5]], 9)
+    whole = np.asarray(draw_negatives(key, 11, 8, users, seen, 4))
+    part = np.asarray(draw_negatives(key, 11, np.arange(4, 8), users[4:], seen, 4))
+    np.testing.assert_array_equal(whole[4:], part)
+    np.testing.assert_array_equal(draw_users(key, 11, 8, 100)[4:], draw_users(key, 11, np.arange(4, 8), 100))
+    fewer = np.asarray(draw_negatives(key, 11, 8, users, seen, 2))
+    np.testing.assert_array_equal(whole[:, :2], fewer)
+
+
+def test_draws_are_the_same_inside_jit_and_differ_by_step_row_and_purpose():
+    key, n = jax.random.key(0), 10_000
+    seen = _seen([[]], n)
+    users = np.ones(64, int)
+    once = np.asarray(draw_negatives(key, 0, 64, users, seen)[:, 0])
+    inside = jax.jit(lambda step: draw_negatives(key, step, 64, users, seen)[:, 0])
+    np.testing.assert_array_equal(once, inside(0))
+    assert (once != np.asarray(inside(1))).mean() > 0.9
+    assert len(set(once.tolist())) > 55
+    assert (once - 1 != np.asarray(draw_users(key, 0, 64, n))).mean() > 0.9
+
+
+def test_users_are_drawn_uniformly_with_replacement():
+    drawn = np.asarray(draw_users(jax.random.key(0), 7, 20_000, 50))
+    counts = np.bincount(drawn, minlength=50)
+    assert len(counts) == 50
+    assert abs(_chi_square(counts)) < 5
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (8, 4), (3, 8), (1, 1)])
+def test_every_example_comes_once_an_epoch(n, batch):
+    key, steps = jax.random.key(2), steps_per_epoch(n, batch)
+    step_rows = jax.jit(lambda step: rows_of_step(key, step, batch, n))
+    for epoch in range(3):
+        rows, real = (
+            np.concatenate(x) for x in zip(*(step_rows(epoch * steps + s) for s in range(steps)), strict=True)
+        )
+        np.testing.assert_array_equal(rows[real], epoch_order(key, epoch, n))
+        assert sorted(rows[real]) == list(range(n))
+        assert ((rows >= 0) & (rows < n)).all()
+    if n > 4:
+        assert (np.asarray(epoch_order(key, 0, n)) != np.asarray(epoch_order(key, 1, n))).any()
+
+
+def test_seen_items_must_be_ascending_and_known():
+    with pytest.raises(ValueError, match="distinct, ascending"):
+        _seen([[3, 2]], 5)
+    with pytest.raises(ValueError, match="distinct, ascending"):
+        _seen([[2, 2]], 5)
+    with pytest.raises(ValueError, match=r"within 1\.\.n_items"):
+        _seen([[6]], 5)
+    _seen([[5], [1]], 5)  # descending from one user to the next is fine
