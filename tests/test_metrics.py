@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from jaxtyping import TypeCheckError
 
 from allmrec_jax.evaluation import metrics
 
@@ -39,7 +40,7 @@ def test_a_score_that_orders_nothing_is_named(bad):
     scores[1, 2] = scores[2, 0] = bad
     with pytest.raises(ValueError, match="user 1, candidate column 2"):
         metrics.target_ranks(scores, np.zeros(3, int))
-    with pytest.raises(ValueError, match="^cf: user 1"):
+    with pytest.raises(ValueError, match=r"^cf: user 1"):
         metrics.summarise({"popularity": np.zeros((3, 4)), "cf": scores}, np.zeros(3, int), seed=0)
 
 
@@ -177,7 +178,8 @@ def naive_ranks(row):
 
 @settings(max_examples=50, deadline=None)
 @given(SMALL_SCORES, SMALL_SCORES, SMALL_SCORES)
-def test_mean_rank_against_a_loop(*scores):
+def test_mean_rank_against_a_loop(a, b, c):
+    scores = (a, b, c)
     expected = -np.mean([[naive_ranks(row) for row in of_model] for of_model in scores], axis=0)
     np.testing.assert_allclose(metrics.mean_rank(*scores), expected)
 
@@ -187,7 +189,7 @@ def test_mean_rank_forgets_the_scale_and_refuses_other_candidates():
     a, b = rng.normal(size=(2, 5, 8))
     np.testing.assert_array_equal(metrics.mean_rank(a, b), metrics.mean_rank(1000 * a - 3, np.exp(b)))
     np.testing.assert_array_equal(np.argsort(metrics.mean_rank(a)), np.argsort(a))
-    with pytest.raises(ValueError, match="different candidates"):
+    with pytest.raises((ValueError, TypeCheckError), match=r"different candidates|axis annotation"):
         metrics.mean_rank(a, b[:, :7])
     with pytest.raises(ValueError, match="at least one model"):
         metrics.mean_rank()

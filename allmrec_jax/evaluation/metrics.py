@@ -160,12 +160,16 @@ def paired_difference(
         raise ValueError(f"a paired difference needs the same users on both sides, got {a.size} and {b.size}")
     difference = a - b
     # Work on whichever of d and -d comes first in a fixed order, so that the swap is exact.
-    lopsided = (order := np.sort(difference)) + order[::-1]
-    sign = -1.0 if (first := lopsided[lopsided != 0][:1]).size and first[0] < 0 else 1.0
-    low, high = _bootstrap_ends(sign * difference, seed, resamples, level)
+    order = np.sort(difference)
+    lopsided = order + order[::-1]
+    sign = next(iter(np.sign(lopsided[lopsided != 0])), 0)
+    oriented = -difference if sign < 0 else difference
+    value, (low, high) = _mean(oriented), _bootstrap_ends(oriented, seed, resamples, level)
     if sign < 0:
-        low, high = -high, -low
-    return Difference(_mean(difference), low, high, difference.size, _sign_flip_p(difference, seed, permutations))
+        value, low, high = -value, -high, -low
+    elif sign == 0:  # d and -d are the same values: so is the interval, but for the luck of the draw
+        value, low, high = 0.0, (low - high) / 2, (high - low) / 2
+    return Difference(value, low, high, difference.size, _sign_flip_p(difference, seed, permutations))
 
 
 def mean_rank(*scores: Float[np.ndarray, "users candidates"]) -> Float[np.ndarray, "users candidates"]:
