@@ -203,6 +203,17 @@ def test_keep_keeps_the_tpu_and_says_how_to_delete_it(cloud):
     assert "queued-resources delete allmrec" in done.stdout
 
 
+def test_the_documented_dry_run_works():
+    (line,) = (
+        line
+        for line in (PROJECT / "docs" / "launch" / "tpu_vm.md").read_text().splitlines()
+        if line.startswith("launch/tpu_vm.sh --dry-run")
+    )
+    done = subprocess.run(["bash", *line.split()], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "queued-resources create" in done.stdout
+
+
 def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:

@@ -44,6 +44,7 @@ def test_the_wheel_ships_the_package_its_configs_and_its_licence_and_nothing_els
         assert f"allmrec_jax/configs/{config.name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("allmrec_jax/", "allmrec_jax-")) for name in names)
+    assert not any("__pycache__" in name for name in names)
     assert sum(entry.file_size for entry in wheel.infolist()) < 5e6, "data or weights in the wheel?"
 
 
@@ -134,6 +135,16 @@ def test_models_training_and_comparison_import_without_the_heavy_packages():
 def test_importing_the_package_imports_nothing_else():
     code = "import sys, allmrec_jax; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
+def test_the_readme_s_config_can_be_used(tmp_path):
+    from allmrec_jax.config import load_config
+
+    (example,) = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), flags=re.DOTALL)
+    path = tmp_path / "mine.py"
+    path.write_text(example)
+    experiment = load_config(str(path))
+    assert (experiment.name, experiment.cf.epochs) == ("mine", 50)
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
