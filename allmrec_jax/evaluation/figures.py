@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MOST_POINTS = 150  # of a drawn curve; more are averaged in equal runs
 
@@ -62,7 +63,7 @@ def bar_chart(
     )
 
 
-def curve_panel(stage: str, name: str, steps: Sequence[float], values: Sequence[float]) -> str:
+def curve_panel(stage: str, name: str, steps: ArrayLike, values: ArrayLike) -> str:
     """One small plot of a training curve: a figure with its last value, axis ends and the line.
 
     Values that are not finite are left out and counted in the caption. The y axis is logarithmic if the values are

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
+
 from allmrec_jax.evaluation.figures import bar_chart, curve_panel
 from allmrec_jax.evaluation.labels import (
     COMPARED,
@@ -58,7 +60,7 @@ def render(
     scenarios: Mapping[str, Any],
     differences: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
     about: Mapping[str, Any],
     warnings: Sequence[str],
     not_applicable: Mapping[str, str],
@@ -205,7 +207,7 @@ def _example(example: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     )
 
 
-def _stage(stage: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+def _stage(stage: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> str:
     panels = "".join(curve_panel(clean(stage), clean(name), *curve) for name, curve in curves.items())
     return f'<h3>{_text(stage)}</h3><div class="panels">{panels}</div>'
 
@@ -214,7 +216,7 @@ def _facts(about: Mapping[str, Any]) -> str:
     """Everything in `about`: single facts in one table, each group of facts behind its own heading."""
     single = {key: value for key, value in about.items() if not isinstance(value, Mapping)}
     groups = {key: value for key, value in about.items() if isinstance(value, Mapping)}
-    parts = [_fact_table(single)] if single else []
+    parts = [_fact_table({_spaced(key): value for key, value in _flat(single).items()})] if single else []
     for key, group in groups.items():
         told = (
             {k: duration(v) if isinstance(v, int | float) else v for k, v in group.items()}
@@ -227,12 +229,13 @@ def _facts(about: Mapping[str, Any]) -> str:
 
 
 def _fact_table(facts: Mapping[str, Any]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_text(_spaced(k))}</th><td>{_text(v)}</td></tr>' for k, v in facts.items())
+    rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in facts.items())
     return f'<table class="facts">{rows}</table>'
 
 
 def _spaced(key: str) -> str:
-    return (key[:1].upper() + key[1:]).replace("_", " ") if "." not in key else key
+    """A key as a heading: `data_fingerprint` -> `Data fingerprint`."""
+    return "CF model" if key == "cf" else (key[:1].upper() + key[1:]).replace("_", " ")
 
 
 def _flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

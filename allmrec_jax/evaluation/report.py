@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from allmrec_jax.evaluation.labels import COMPARED, METRIC_LABELS, SHOWN, clean, hits, model_labels, p_text, signed
 from allmrec_jax.evaluation.metrics import chance
@@ -39,7 +41,7 @@ def write_metrics(path: str | os.PathLike, scenarios: Mapping[str, Any], **extra
                 wrong = [k for k in ("value", "low", "high", "n") if not _is_finite(figures.get(k))]
                 if wrong:
                     raise ValueError(f"{scenario}, {model}, {metric}: no finite {', '.join(wrong)} in {figures}")
-    text = json.dumps({"scenarios": scenarios, **plain(extra)}, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({"scenarios": scenarios, **plain(extra)}, indent=1, allow_nan=False)
     _write_atomically(path, text + "\n")
 
 
@@ -51,7 +53,7 @@ def write_report(
     scenarios: Mapping[str, Any],
     differences: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
     about: Mapping[str, Any],
     warnings: Sequence[str],
     not_applicable: Mapping[str, str] | None = None,
@@ -156,7 +158,9 @@ def examples_table(
 
 
 def plain(value: Any) -> Any:
-    """The same as dicts, lists, strings, numbers, booleans and None: what JSON and the page can show.
+    """The same as dicts, lists, strings, finite numbers, booleans and None: what JSON and the page can show.
+
+    NaN and the infinities, which JSON lacks, become "nan", "inf" and "-inf".
 
     Raises:
         ValueError: something without a plain form.
@@ -169,6 +173,10 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(v) for v in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):
