@@ -226,6 +226,17 @@ def test_page_escapes_what_strangers_wrote(page):
     assert "<img" not in page
 
 
+def test_page_escapes_names_too(run, tmp_path):
+    path = tmp_path / "report.html"
+    scenario = run["scenarios"]["overall"] | {HOSTILE: run["scenarios"]["overall"]["cf"]}
+    about = run["about"] | {"labels": {"popularity": f"P {HOSTILE}"}, HOSTILE: {HOSTILE: 1}}
+    report.write_report(path, **run | {"scenarios": {HOSTILE: scenario}, "about": about})
+    page = path.read_text("utf-8")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert Elements(page).open == []
+
+
 def test_page_is_well_formed_and_accessible(page):
     elements = Elements(page)
     assert elements.open == []
