@@ -7,31 +7,36 @@ kinds of draw from the same key never share random bits.
     stage 0       draw_users        users with replacement, a fresh draw each step
     stages 1, 2   rows_of_step      a shuffled order each epoch, the last partial batch kept
     all           draw_negatives    items uniform over those that the user does not have
+    candidates    draw_distinct     the same without replacement
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Integer, Key, UInt32
 
-_USERS, _ORDER, _NEGATIVES = 1, 2, 3  # what a draw is for, folded into its key
+Anywhere = Array | np.ndarray
+Index = int | np.integer | Integer[Array, ""]
+
+_USERS, _ORDER, _NEGATIVES, _DISTINCT = 1, 2, 3, 4  # what a draw is for, folded into its key
 
 
-def _row_keys(key: Key[Array, ""], purpose: int, step: Int[Array, ""] | int, rows: Int[Array, " rows"]):
+def _row_keys(key: Key[Array, ""], purpose: int, step: Index, rows: Integer[Array, " rows"]):
     of_step = jax.random.fold_in(jax.random.fold_in(key, purpose), step)
     return jax.vmap(partial(jax.random.fold_in, of_step))(rows)
 
 
-def _as_rows(rows: int | Integer[Array, " rows"]) -> Integer[Array, " rows"]:
+def _as_rows(rows: int | Integer[Anywhere, " rows"]) -> Integer[Array, " rows"]:
     return jnp.arange(rows) if isinstance(rows, int) else jnp.asarray(rows)
 
 
 def draw_users(
-    key: Key[Array, ""], step: Int[Array, ""] | int, rows: int | Int[Array, " rows"], eligible_count: int
+    key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"], eligible_count: int
 ) -> Int32[Array, " rows"]:
     """Uniform draws with replacement from 0 .. eligible_count - 1, one for each global row.
 
@@ -41,12 +46,22 @@ def draw_users(
       step: number of the step since the start of training.
       rows: the global row numbers wanted, or how many (0, 1, ..., rows - 1).
     """
-    keys = _row_keys(key, _USERS, step, _as_rows(rows))
-    return jax.vmap(lambda k: jax.random.randint(k, (), 0, eligible_count, jnp.int32))(keys)
+    return _draw_users(key, step, _as_rows(rows), jnp.asarray(eligible_count))
 
 
-def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int32[Array, " n"]:
+@jax.jit
+def _draw_users(key, step, rows, eligible_count):
+    keys = _row_keys(key, _USERS, step, rows)
+    return jax.vmap(lambda row_key: _below(row_key, 1, eligible_count)[0])(keys)
+
+
+def epoch_order(key: Key[Array, ""], epoch: Index, n: int) -> Int32[Array, " n"]:
     """The shuffled order of 0 .. n - 1 in this epoch."""
+    return _epoch_order(key, epoch, n)
+
+
+@partial(jax.jit, static_argnames="n")
+def _epoch_order(key, epoch, n: int):
     of_epoch = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
     return jax.random.permutation(of_epoch, jnp.arange(n, dtype=jnp.int32))
 
@@ -58,10 +73,10 @@ def steps_per_epoch(n: int, batch: int) -> int:
 
 def rows_of_step(
     key: Key[Array, ""],
-    step: Int[Array, ""] | int,
+    step: Index,
     batch: int,
     n: int,
-    order: Int32[Array, " n"] | None = None,
+    order: Int32[Anywhere, " n"] | None = None,
 ) -> tuple[Int32[Array, " batch"], Bool[Array, " batch"]]:
     """The examples of a step in shuffled epochs, and which of them are real.
 
@@ -91,18 +106,17 @@ class Seen:
     does NOT have; it never decreases with j. User u owns gaps[offsets[u] : offsets[u + 1]].
     """
 
-    gaps: Int32[Array, " flat"]
-    offsets: Int32[Array, " n_users+2"]
+    gaps: Any  # int32 (flat,); Any, because the leaves of a pytree may be shardings or shapes as well
+    offsets: Any  # int32 (n_users + 2,)
     n_items: int
     search_steps: int
 
 
-def seen_items(
-    distinct: Integer[np.ndarray, " flat"], offsets: Integer[np.ndarray, " n_users+2"], n_items: int
-) -> Seen:
+def seen_items(distinct: Integer[np.ndarray, " flat"], offsets: Integer[np.ndarray, " offsets"], n_items: int) -> Seen:
     """Prepares each user's distinct items, ascending (`Dataset.distinct(split)` gives both arrays).
 
-    >>> draw_negatives(jax.random.key(0), 0, 1, [1], seen_items(np.array([1, 3]), np.array([0, 0, 2]), 3)).tolist()
+    >>> seen = seen_items(np.array([1, 3]), np.array([0, 0, 2]), n_items=3)
+    >>> draw_negatives(jax.random.key(0), step=0, rows=1, users=np.array([1]), seen=seen).tolist()
     [[2]]
     """
     distinct, offsets = np.asarray(distinct), np.asarray(offsets)
@@ -122,9 +136,9 @@ def seen_items(
 
 def draw_negatives(
     key: Key[Array, ""],
-    step: Int[Array, ""] | int,
-    rows: int | Int[Array, " rows"],
-    users: Int[Array, " rows"],
+    step: Index,
+    rows: int | Integer[Anywhere, " rows"],
+    users: Integer[Anywhere, " rows"],
     seen: Seen,
     count: int = 1,
 ) -> Int32[Array, "rows count"]:
@@ -143,13 +157,55 @@ def draw_negatives(
       rows: global row numbers, or how many.
       users: the user of each row, indexing `seen.offsets`.
     """
-    users = jnp.asarray(users)
-    keys = _row_keys(key, _NEGATIVES, step, _as_rows(rows))
-    low, high = seen.offsets[users], seen.offsets[users + 1]
-    left = seen.n_items - (high - low)
+    return _draw_negatives(key, step, _as_rows(rows), jnp.asarray(users), seen, count)
+
+
+@partial(jax.jit, static_argnames="count")
+def _draw_negatives(key, step, rows, users, seen: Seen, count: int):
+    keys = _row_keys(key, _NEGATIVES, step, rows)
+    left = seen.n_items - (seen.offsets[users + 1] - seen.offsets[users])
     r = jax.vmap(lambda row_key, limit: _below(row_key, count, limit))(keys, jnp.maximum(left, 1))
-    start = jnp.broadcast_to(low[:, None], r.shape)
-    stop = jnp.broadcast_to(high[:, None], r.shape)
+    return jnp.where(left[:, None] > 0, _not_had(r, users, seen), 0)
+
+
+def draw_distinct(
+    key: Key[Array, ""],
+    step: Index,
+    rows: int | Integer[Anywhere, " rows"],
+    users: Integer[Anywhere, " rows"],
+    seen: Seen,
+    count: int,
+) -> Int32[Array, "rows count"]:
+    """As `draw_negatives`, but without replacement: `count` different items, every ordered choice equally likely.
+
+    The j-th draw is uniform over the n - k - j items left; it is carried past the items drawn before it by the same
+    rule that carries it past the items that the user has. The caller sees to it that n - k >= count.
+    """
+    return _draw_distinct(key, step, _as_rows(rows), jnp.asarray(users), seen, count)
+
+
+@partial(jax.jit, static_argnames="count")
+def _draw_distinct(key, step, rows, users, seen: Seen, count: int):
+    keys = _row_keys(key, _DISTINCT, step, rows)
+    left = seen.n_items - (seen.offsets[users + 1] - seen.offsets[users])
+
+    def choose(row_key, limit):
+        def draw(j, state):
+            taken, drawn = state  # `taken` ascending, filled up with the largest integer
+            r = _below(jax.random.fold_in(row_key, j), 1, jnp.maximum(limit - j, 1))[0]
+            r = r + jnp.sum(taken - jnp.arange(count) <= r)
+            return jnp.sort(taken.at[j].set(r)), drawn.at[j].set(r)
+
+        none = jnp.full((count,), jnp.iinfo(jnp.int32).max, jnp.int32)
+        return jax.lax.fori_loop(0, count, draw, (none, jnp.zeros((count,), jnp.int32)))[1]
+
+    return _not_had(jax.vmap(choose)(keys, left), users, seen)
+
+
+def _not_had(r: Int32[Array, "rows count"], users: Integer[Array, " rows"], seen: Seen) -> Int32[Array, "rows count"]:
+    """The r-th (from 0) of the items that each row's user does not have."""
+    start = jnp.broadcast_to(seen.offsets[users][:, None], r.shape)
+    stop = jnp.broadcast_to(seen.offsets[users + 1][:, None], r.shape)
     first = start
     for _ in range(seen.search_steps):  # the first position in [start, stop) whose gap exceeds r
         middle = (start + stop) // 2
@@ -157,7 +213,7 @@ def draw_negatives(
         below = seen.gaps[middle] <= r
         start = jnp.where(searching & below, middle + 1, start)
         stop = jnp.where(searching & ~below, middle, stop)
-    return jnp.where(left[:, None] > 0, 1 + r + (start - first), 0).astype(jnp.int32)
+    return (1 + r + (start - first)).astype(jnp.int32)
 
 
 def _below(key: Key[Array, ""], count: int, limit: Int[Array, ""]) -> Int32[Array, " count"]:

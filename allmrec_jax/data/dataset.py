@@ -47,7 +47,7 @@ class Dataset:
     path: Path
     manifest: dict
     items: Int32[np.ndarray, " n_interactions"]
-    offsets: Int64[np.ndarray, " n_users+2"]
+    offsets: Int64[np.ndarray, " offsets"]
     times: Int64[np.ndarray, " n_interactions"] | None
     ratings: Float32[np.ndarray, " n_interactions"] | None
 
@@ -75,21 +75,21 @@ class Dataset:
     # ------------------------------------------------------------------------------------------------- sequences
 
     @functools.cached_property
-    def lengths(self) -> Int64[np.ndarray, " n_users+1"]:
+    def lengths(self) -> Int64[np.ndarray, " users"]:
         """Number of items of each user; entry 0 is 0."""
         return np.diff(self.offsets)
 
     @functools.cached_property
-    def n_train(self) -> Int64[np.ndarray, " n_users+1"]:
+    def n_train(self) -> Int64[np.ndarray, " users"]:
         """Number of training items of each user: n - 2 if n >= 3, else n; entry 0 is 0."""
         return np.where(self.lengths >= 3, self.lengths - 2, self.lengths)
 
-    def has_target(self, split: str) -> Bool[np.ndarray, " n_users+1"]:
+    def has_target(self, split: str) -> Bool[np.ndarray, " users"]:
         """Whether the user has a target in this split. For "train": at least one training item before it, too."""
         _check_split(split)
         return self.n_train >= 2 if split == "train" else self.lengths >= 3
 
-    def history_end(self, split: str) -> Int64[np.ndarray, " n_users+1"]:
+    def history_end(self, split: str) -> Int64[np.ndarray, " users"]:
         """Where each user's history for `split` ends: a position in `items`, exclusive; indexed by user id.
 
         It is the position of the split's target, where there is one (`has_target`). The history of a user without a
@@ -102,7 +102,7 @@ class Dataset:
         back = {"validation": 2, "test": 1}[split]
         return starts + np.where(self.lengths >= 3, self.lengths - back, self.lengths)
 
-    def targets(self, split: str) -> Int32[np.ndarray, " n_users+1"]:
+    def targets(self, split: str) -> Int32[np.ndarray, " users"]:
         """Each user's target item of `split`, 0 where there is none."""
         ends = np.minimum(self.history_end(split), self.n_interactions - 1)
         return np.where(self.has_target(split), self.items[ends], 0).astype(np.int32)
@@ -141,11 +141,11 @@ class Dataset:
         """The user of each entry of `items`."""
         return np.repeat(np.arange(self.n_users + 1, dtype=np.int32), self.lengths)
 
-    def train_counts(self) -> Int64[np.ndarray, " n_items+1"]:
+    def train_counts(self) -> Int64[np.ndarray, " items"]:
         """Training interactions of each item; entry 0 is 0."""
         return np.bincount(self.items[self._is_train], minlength=self.n_items + 1)
 
-    def distinct(self, split: str = "train") -> tuple[Int32[np.ndarray, " flat"], Int64[np.ndarray, " n_users+2"]]:
+    def distinct(self, split: str = "train") -> tuple[Int32[np.ndarray, " flat"], Int64[np.ndarray, " offsets"]]:
         """Each user's distinct items, ascending, as a flat array with offsets.
 
         "train": of the training items; "validation": plus the validation item; "test": plus the test item, i.e.
@@ -232,7 +232,7 @@ def write_dataset(
     *,
     name: str,
     items: Integer[np.ndarray, " n_interactions"],
-    offsets: Integer[np.ndarray, " n_users+2"],
+    offsets: Integer[np.ndarray, " offsets"],
     times: Integer[np.ndarray, " n_interactions"] | None,
     ratings: np.ndarray | None,
     user_keys: Sequence[str],
