@@ -1,9 +1,11 @@
 """The index functions: who is in a batch, and which negatives they get."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from allmrec_jax.data import batches
 from allmrec_jax.data.batches import (
     draw_negatives,
     draw_users,
@@ -47,6 +49,16 @@ def test_negatives_of_a_large_catalogue_are_uniform_and_reach_both_ends():
     assert drawn.min() >= 2
     assert drawn.max() <= n_items - 1
     assert abs(_chi_square(np.histogram(drawn, bins=100, range=(1, n_items + 1))[0])) < 5
+
+
+def test_the_product_of_two_words_is_exact():
+    a = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint64)
+    a[:2] = 0, 2**32 - 1
+    for b in (1, 2**16 - 1, 2**16, 100_003, 2**31 - 1, 2**32 - 1):
+        high, low = batches._product(jnp.asarray(a, jnp.uint32), jnp.asarray(b, jnp.uint32))
+        product = a * np.uint64(b)
+        np.testing.assert_array_equal(high, product >> np.uint64(32))
+        np.testing.assert_array_equal(low, product & np.uint64(0xFFFFFFFF))
 
 
 def test_a_user_who_has_everything_gets_padding():

@@ -322,6 +322,15 @@ def test_unknown_data_sets(name, complaint, tmp_path, monkeypatch):
         prepare(name, tmp_path / "out")
 
 
+def test_a_raw_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", "u.item")
+
+    monkeypatch.setattr(movielens, "_read_item", refuse)
+    with pytest.raises(UserError, match=r"cannot read u\.item: Permission denied"):
+        tiny(tmp_path)
+
+
 def test_bad_settings(tmp_path):
     with pytest.raises(UserError, match="choose clean or reference"):
         tiny(tmp_path, recipe="best")

@@ -170,6 +170,25 @@ def test_without_its_record_a_cached_source_is_not_complete(origin, monkeypatch,
     assert (folder / "u.data").read_bytes() == DATA
 
 
+def test_interrupted_between_two_files_it_is_not_complete(origin, monkeypatch, tmp_path, log):
+    origin.paths["/d.zip"] = [(200, {}, ZIP)]
+    _know(monkeypatch, _archive(origin.url))
+    replace = os.replace
+
+    def interrupted(source, target):
+        if Path(target).name == "u.item":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("tiny", cache=tmp_path, console=log)
+    assert _snapshot(tmp_path) == ["tiny/u.data"]
+    assert not sources.is_cached("tiny", cache=tmp_path)
+    assert (fetch("tiny", cache=tmp_path, console=log) / "u.item").read_bytes() == ITEM
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -347,10 +366,13 @@ class TestHub:
         assert _snapshot(folder) == [".complete.json", "config.json", "model.safetensors"]
         assert (folder / "model.safetensors").read_bytes() == self.WEIGHTS
 
-    @pytest.mark.parametrize("path", ["/store", "/o/m/resolve/main/config.json"])
-    def test_other_content_than_reported_is_refused(self, path, hub, tmp_path, log):
-        status, headers, body = hub.paths[path][0]
-        hub.paths[path] = [(status, headers, body[:-1] + b" ")]
+    @pytest.mark.parametrize(
+        ("path", "other"),
+        [("/store", (3).to_bytes(8, "little") + b"{ }"), ("/o/m/resolve/main/config.json", b'{"a": 2}')],
+    )
+    def test_other_content_than_reported_is_refused(self, path, other, hub, tmp_path, log):
+        status, headers, _ = hub.paths[path][0]
+        hub.paths[path] = [(status, headers, other)]  # sound, and not the file that the hub has
         with pytest.raises(UserError, match="damaged twice"):
             fetch("tiny", cache=tmp_path, console=log)
         assert not (tmp_path / "tiny").exists()

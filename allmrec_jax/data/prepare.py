@@ -57,7 +57,10 @@ def prepare(
         return open_dataset(out)
     _refuse(existing, settings, out)
 
-    raw = _read(str(name_or_path), cache, console)
+    try:
+        raw = _read(str(name_or_path), cache, console)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or name_or_path}: {error.strerror or error}") from error
     if existing is not None:  # the same settings; a folder's files may have changed since
         if existing["inputs"] == raw.inputs:
             return open_dataset(out)

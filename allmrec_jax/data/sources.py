@@ -297,9 +297,8 @@ def _set_aside(folder: Path, damage: Mapping[str, str]) -> None:
 
 
 def _install(files: Path, folder: Path, name: str, label: str) -> None:
-    """Moves verified files into the cache: the record goes first and comes back last."""
+    """Moves verified files into the cache, where there is no record of the source; the record comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
     names = _files(files)
     for file in names:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
