@@ -113,12 +113,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, remembers what the first host said of the file, refuses to leave https for http."""
 
     def __init__(self, host: str):
-        self.host, self.etag = host, None
+        self.host, self.linked, self.plain = host, None, None
+
+    @property
+    def etag(self) -> str | None:
+        """What the hub says of the file behind a link, else the first host's ordinary ETag, bare; or None."""
+        return (self.linked or self.plain or "").removeprefix("W/").strip('"').lower() or None
 
     def remember(self, url: str, headers) -> None:
         # Only the first host's word counts: the ETag of a content network behind it means something else.
         if urllib.parse.urlsplit(url).netloc == self.host:
-            self.etag = headers.get("X-Linked-ETag") or headers.get("ETag") or self.etag
+            self.linked = self.linked or headers.get("X-Linked-ETag")
+            self.plain = headers.get("ETag") or self.plain
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.remember(req.full_url, headers)
@@ -161,8 +167,7 @@ def _open(url: str):
     if isinstance(response, Exception):
         raise response
     redirects.remember(response.geturl(), response.headers)
-    etag = (redirects.etag or "").removeprefix("W/").strip('"').lower()
-    return response, etag or None
+    return response, redirects.etag
 
 
 def download(url: str, target: Path, *, digests: Mapping[str, str], progress=None, hub_etag: bool = False) -> None:
