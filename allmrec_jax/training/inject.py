@@ -7,19 +7,35 @@ are replicated; XLA places the collectives. Only the heads are differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+from rich.console import Console
 
-from allmrec_jax.models import projection
-from allmrec_jax.training.state import State, update
+from allmrec_jax.config import Injection
+from allmrec_jax.data import batches
+from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
+from allmrec_jax.errors import UserError
+from allmrec_jax.evaluation.candidates import draw_candidates
+from allmrec_jax.models import params, projection
+from allmrec_jax.models.llm import llama
+from allmrec_jax.models.llm.load import FrozenLLM
+from allmrec_jax.training import loop
+from allmrec_jax.training.cf import CFModel
+from allmrec_jax.training.checkpoint import Checkpoints, Curves
+from allmrec_jax.training.state import State, create, update
 
+SEED_STREAM = 2
 Batch = dict[str, jax.Array]
 
 
@@ -38,7 +54,9 @@ def inject(
     return put(put(embeddings, batch["slots"], O_i), batch["user_slot"][:, None], O_u[:, None])
 
 
-def answer_log_likelihood(graph: Any, heads: Any, frozen: Any, batch: Batch) -> Float[Array, "batch answer"]:
+def answer_log_likelihood(
+    graph: Any, heads: Any, frozen: Any, batch: Batch, *, remat: bool = False
+) -> Float[Array, "batch answer"]:
     """log P of every answer token, 0 where there is none. `heads=None` leaves the prompt as it is (LLM-only).
 
     Logits are computed at the answers' positions only.
@@ -49,27 +67,27 @@ def answer_log_likelihood(graph: Any, heads: Any, frozen: Any, batch: Batch) -> 
         O_u = projection.F_U(heads["F_U"], jnp.take(frozen["x_u"], batch["rows"], axis=0))
         O_i = projection.F_I(heads["F_I"], jnp.take(frozen["e"], batch["slot_items"], axis=0))
         x = inject(x, O_u, O_i, batch)
-    hidden = llm(x, batch["branch"])
+    hidden = llm(x, batch["branch"], remat=jax.checkpoint_policies.nothing_saveable if remat else None)
     at = jnp.take_along_axis(hidden, batch["answer_at"][:, :, None], axis=1)
     logits = llm.logits(at)
     chosen = jnp.take_along_axis(logits, batch["answer_token"][:, :, None], axis=-1)[..., 0]
     return (chosen - jax.nn.logsumexp(logits, axis=-1)) * batch["answer_weight"]
 
 
-def loss(heads: Any, graph: Any, frozen: Any, batch: Batch) -> Float[Array, ""]:
+def loss(heads: Any, graph: Any, frozen: Any, batch: Batch, *, remat: bool = False) -> Float[Array, ""]:
     """Cross-entropy of the target's tokens, mean over all target tokens of the batch together."""
-    total = -jnp.sum(answer_log_likelihood(graph, heads, frozen, batch))
+    total = -jnp.sum(answer_log_likelihood(graph, heads, frozen, batch, remat=remat))
     return total / jnp.maximum(jnp.sum(batch["answer_weight"]), 1)
 
 
 def make_step(
-    graph: Any, frozen_shardings: Any, mesh: Mesh, optimiser: optax.GradientTransformation
+    graph: Any, frozen_shardings: Any, mesh: Mesh, optimiser: optax.GradientTransformation, *, remat: bool = False
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
     whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        value, gradients = jax.value_and_grad(loss)(state.params, graph, frozen, batch)
+        value, gradients = jax.value_and_grad(partial(loss, remat=remat))(state.params, graph, frozen, batch)
         return update(state, gradients, optimiser), {"loss": value}
 
     return jax.jit(
@@ -93,3 +111,106 @@ def make_scorer(
         return totals / jnp.maximum(one_hot.sum(1), 1) if normalise else totals
 
     return jax.jit(scores, in_shardings=(whole, frozen_shardings, cut), out_shardings=cut)
+
+
+def schedule(config: Injection, steps: int) -> optax.Schedule:
+    """The learning rate of each step: linear warm-up, then constant or a cosine down to 0."""
+    peak, warmup = config.learning_rate, min(config.warmup, steps)
+    after = optax.cosine_decay_schedule(peak, max(1, steps - warmup)) if config.decay else optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup]) if warmup else after
+
+
+def make_optimiser(config: Injection, steps: int) -> optax.GradientTransformation:
+    """Adam(b1 .9, b2 .98) with the schedule, after clipping the gradient's norm where asked."""
+    adam = optax.adam(schedule(config, steps), b1=0.9, b2=0.98, eps=1e-8)
+    return adam if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adam)
+
+
+def init_heads(key: jax.Array, width: int, joint: int, h: int, gain: float) -> dict[str, Any]:
+    """Fresh F_U and F_I."""
+    key_u, key_i = jax.random.split(key)
+    return {
+        "F_U": params.init(key_u, projection.describe(width, h, gain)),
+        "F_I": params.init(key_i, projection.describe(joint, h, gain)),
+    }
+
+
+def freeze(llm: FrozenLLM, x_u: np.ndarray, e: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
+    """(frozen, its shardings): the LLM's weights by their logical axes, x_u and e replicated."""
+    whole = NamedSharding(mesh, P())
+    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
+    shardings = {
+        "llm": {"weights": params.shardings(llama.describe(llm.config), mesh)},
+        "x_u": whole,
+        "e": whole,
+    }
+    return jax.device_put(frozen, shardings), shardings
+
+
+def train_llm(
+    config: Injection,
+    dataset: Dataset,
+    cf: CFModel,
+    e: np.ndarray,
+    llm: FrozenLLM,
+    folder: Path,
+    *,
+    seed: int,
+    mesh: Mesh,
+    console: Console | None = None,
+) -> tuple[dict[str, Any], Curves]:
+    """Trains (or goes on with) stage 2 in `folder`: one target a user, the last training item.
+
+    The candidates in the prompt are the target and distinct items outside the user's training items, drawn anew
+    each epoch. Returns the heads and the curves.
+    """
+    if config.batch % mesh.shape["data"]:
+        raise UserError(f"llm.batch {config.batch} is not a multiple of the {mesh.shape['data']} data-parallel devices")
+    key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
+    init_key, order_key, candidate_key = jax.random.split(key, 3)
+    users = np.flatnonzero(dataset.has_target("train"))
+    targets, ends = dataset.targets("train")[users], dataset.history_end("train")[users]
+    x_u = cf.x_u(dataset.windows(ends, cf.config.maxlen, users))
+    histories = dataset.windows(ends, config.history, users)
+    seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
+    builder = PromptBuilder(
+        llm.tokenizer, dataset.titles(), DOMAINS[config.domain], context=llm.config.max_position_embeddings
+    )
+    per_epoch = batches.steps_per_epoch(len(users), config.batch)
+    steps = max(1, round(per_epoch * config.epochs))
+    optimiser = make_optimiser(config, steps)
+    heads = init_heads(init_key, cf.config.width, e.shape[1], llm.width, config.gain)
+    state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
+    frozen, shardings = freeze(llm, x_u, e, mesh)
+    step = make_step(llm.graph, shardings, mesh, optimiser, remat=config.remat)
+    epoch_order = jax.jit(lambda epoch: batches.epoch_order(order_key, epoch, len(users)))
+
+    def one_step(state: State, i: int) -> tuple[State, dict[str, jax.Array]]:
+        order = np.asarray(epoch_order(i // per_epoch))
+        chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order))
+        chosen = chosen[real]
+        candidates, _ = draw_candidates(
+            candidate_key, i, np.arange(len(chosen)), users[chosen], targets[chosen], seen, config.candidates
+        )
+        prompts = builder.prompts([row[row != 0] for row in histories[chosen]], candidates)
+        answers = [[answer] for answer in builder.answers(targets[chosen].tolist())]
+        return step(state, frozen, pack(prompts, answers, rows=chosen, batch=config.batch))
+
+    checkpoints = Checkpoints(folder)
+    try:
+        state, curves = loop.run(
+            one_step,
+            state,
+            steps=steps,
+            checkpoints=checkpoints,
+            label="stage 2: injection",
+            items_per_step=config.batch,
+            item_name="users",
+            log_every=5,
+            save_every=config.save_every,
+            console=console,
+            logs=folder / "logs",
+        )
+    finally:
+        checkpoints.close()
+    return state.params, curves

@@ -1,0 +1,57 @@
+"""Candidate lists: the target and distinct random items, in a seeded random order, the same for every model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from allmrec_jax.data.batches import Seen, draw_distinct
+from allmrec_jax.errors import UserError
+
+
+@partial(jax.jit, static_argnames="count")
+def _draw(
+    key: Key[Array, ""], step: int, rows: jax.Array, users: jax.Array, targets: jax.Array, seen: Seen, count: int
+):
+    others = draw_distinct(key, step, rows, users, seen, count - 1)
+    lists = jnp.concatenate([targets[:, None], others], axis=1)
+
+    def order(row: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 7), step), row)
+        return jax.random.permutation(own, count)
+
+    orders = jax.vmap(order)(rows)
+    return jnp.take_along_axis(lists, orders, axis=1), jnp.argmin(orders, axis=1)
+
+
+def draw_candidates(
+    key: Key[Array, ""],
+    step: int,
+    rows: Int[np.ndarray, "rows"],
+    users: Int[np.ndarray, "rows"],
+    targets: Int[np.ndarray, "rows"],
+    seen: Seen,
+    count: int,
+) -> tuple[Int[np.ndarray, "rows count"], Int[np.ndarray, "rows"]]:
+    """(candidates, column of the target), a function of (key, step, global row, user).
+
+    The other `count - 1` items are distinct and uniform over those not in `seen`; `seen` must hold the targets too.
+
+    Raises:
+      UserError: if a user leaves too few items, naming the user.
+    """
+    users, targets = np.asarray(users), np.asarray(targets)
+    offsets = np.asarray(seen.offsets)
+    left = seen.n_items - (offsets[users + 1] - offsets[users])
+    short = np.flatnonzero(left < count - 1)
+    if short.size:
+        raise UserError(
+            f"user {users[short[0]]} leaves only {left[short[0]]} items for {count - 1} random candidates; "
+            "ask for fewer candidates"
+        )
+    candidates, column = _draw(key, step, jnp.asarray(rows), jnp.asarray(users), jnp.asarray(targets), seen, count)
+    return np.asarray(candidates), np.asarray(column)

@@ -1,0 +1,98 @@
+"""`rank`: the log-likelihood of every candidate's title, all candidates of a user in one forward pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from rich.console import Console
+
+from allmrec_jax.data.prompts import PromptBuilder, pack
+from allmrec_jax.errors import UserError
+from allmrec_jax.models.llm.load import FrozenLLM
+from allmrec_jax.training.inject import freeze, make_scorer
+from allmrec_jax.training.loop import progress_bar
+
+
+def make_ranker(
+    llm: FrozenLLM,
+    heads: Any,
+    *,
+    builder: PromptBuilder,
+    e: np.ndarray,
+    mesh: Mesh,
+    candidates: int,
+    normalise: bool = True,
+    batch: int = 4,
+) -> Callable[[Sequence[Sequence[int]], np.ndarray, np.ndarray], np.ndarray]:
+    """`(histories, candidates (users, c), x_u (users, d)) -> scores (users, c)` for at most `batch` users.
+
+    `heads=None` ranks by the LLM alone (then `builder` must not inject).
+    """
+    frozen, shardings = freeze(llm, np.zeros((batch, 1), np.float32), e, mesh)
+    scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise)
+
+    def rank(histories: Sequence[Sequence[int]], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
+        n = len(lists)
+        prompts = builder.prompts(histories, lists)
+        answers = [builder.answers(row.tolist()) for row in lists]
+        packed = pack(prompts, answers, rows=range(n), batch=batch)
+        table = np.zeros((batch, x_u.shape[1]), np.float32)
+        table[:n] = x_u
+        return np.asarray(scorer(heads, frozen | {"x_u": table}, packed))[:n]
+
+    return rank
+
+
+def score_users(
+    ranker: Callable[..., np.ndarray],
+    histories: Sequence[Sequence[int]],
+    candidates: Int[np.ndarray, "users candidates"],
+    x_u: Float[np.ndarray, "users d"],
+    *,
+    saved: Path,
+    label: str,
+    batch: int,
+    save_every: int = 8,
+    console: Console | None = None,
+) -> Float[np.ndarray, "users candidates"]:
+    """Scores of all users, kept in `saved` every few batches so that an interrupted evaluation goes on.
+
+    Raises:
+      UserError: if a score is not finite.
+    """
+    scores = np.full(candidates.shape, np.nan, np.float32)
+    if saved.is_file():
+        try:
+            before = np.load(saved)
+            if before.shape == scores.shape:
+                scores = before
+        except (ValueError, OSError, EOFError):
+            (console or Console()).print(f"{saved} is damaged; scoring again")
+    todo = np.flatnonzero(np.isnan(scores).any(1))
+    with progress_bar(console or Console()) as bar:
+        task = bar.add_task(label, total=len(scores), completed=len(scores) - len(todo), note="")
+        for k, start in enumerate(range(0, len(todo), batch)):
+            chosen = todo[start : start + batch]
+            scores[chosen] = ranker([histories[u] for u in chosen], candidates[chosen], x_u[chosen])
+            if not np.isfinite(scores[chosen]).all():
+                raise UserError(f"{label}: a likelihood is not finite; the heads or the LLM's weights are damaged")
+            bar.update(task, completed=len(scores) - len(todo) + start + len(chosen))
+            speed = bar.tasks[0].speed
+            bar.update(task, note=f"{speed:.2f} users/s" if speed else "")
+            if k % save_every == save_every - 1 or start + batch >= len(todo):
+                _save(saved, scores)
+    return scores
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)

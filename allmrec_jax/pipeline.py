@@ -1,0 +1,169 @@
+"""One experiment in one work directory: each stage is trained, or picked up where it stopped, when it is needed.
+
+    <workdir>/data/         the prepared data set (unless the config names one)
+    <workdir>/cf/           stage 0   checkpoints, logs, the config it was made with
+    <workdir>/align/        stage 1
+    <workdir>/llm/          stage 2
+    <workdir>/evaluation/   candidate scores of each model
+    <workdir>/config.json   the resolved experiment
+    <workdir>/metrics.json, report.html
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from allmrec_jax.config import Experiment, as_dict
+from allmrec_jax.data import sources
+from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
+from allmrec_jax.errors import UserError
+from allmrec_jax.evaluation.rank import make_ranker
+from allmrec_jax.models.llm.load import FrozenLLM, load_llm
+from allmrec_jax.models.text_encoder import LoadedEncoder, load_encoder
+from allmrec_jax.training import mesh
+from allmrec_jax.training.align import Aligned, train_align
+from allmrec_jax.training.cf import CFModel, train_cf
+from allmrec_jax.training.checkpoint import Curves, claim_folder, write_json
+from allmrec_jax.training.inject import train_llm
+
+
+def _weights_folder(name: str, console: Console) -> Path:
+    """A folder (or .gguf file) that is there, else a named source."""
+    return Path(name) if Path(name).exists() else sources.fetch(name, console=console)
+
+
+class Pipeline:
+    """The stages of `experiment` in `workdir`. Attributes are made when first asked for.
+
+    Raises:
+      UserError: from whatever stage is asked for, among others if `workdir` was made with another config.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Path, *, console: Console | None = None):
+        self.experiment, self.workdir, self.console = experiment, Path(workdir), console or Console()
+        self.seconds: dict[str, float] = {}
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        config = self.experiment.data
+        if (Path(config.name) / MANIFEST).is_file():
+            return open_dataset(config.name)
+        from allmrec_jax.data.prepare import prepare
+
+        return prepare(
+            config.name,
+            self.workdir / "data",
+            recipe=config.recipe,
+            strip_years=config.strip_years,
+            console=self.console,
+        )
+
+    def identity(self, stage: str) -> dict[str, Any]:
+        """Everything that the result of a stage depends on."""
+        x = as_dict(self.experiment)
+        keep = {"cf": ("cf",), "align": ("cf", "align"), "llm": ("cf", "align", "llm")}
+        if stage == "evaluation":
+            keep[stage] = (*keep["llm"], "evaluation")
+        identity = {"seed": x["seed"], "data": {**x["data"], "fingerprint": self.dataset.fingerprint}}
+        for part in keep[stage]:
+            identity[part] = {k: v for k, v in x[part].items() if k not in ("save_every", "remat", "examples")}
+        return identity
+
+    def _open(self, stage: str) -> Path:
+        folder = self.workdir / stage
+        claim_folder(folder, self.identity(stage))
+        write_json(self.workdir / "config.json", as_dict(self.experiment))
+        return folder
+
+    def _timed(self, stage: str, function: Any, *arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*arguments, **options, seed=self.experiment.seed, console=self.console)
+        finally:
+            self.seconds[stage] = time.perf_counter() - start
+
+    @functools.cached_property
+    def _cf(self) -> tuple[CFModel, Curves]:
+        devices = self.experiment.devices
+        return self._timed("cf", train_cf, self.experiment.cf, self.dataset, self._open("cf"), how=devices.map)
+
+    @property
+    def cf(self) -> CFModel:
+        return self._cf[0]
+
+    @functools.cached_property
+    def encoder(self) -> LoadedEncoder:
+        return load_encoder(_weights_folder(self.experiment.align.encoder, self.console))
+
+    @functools.cached_property
+    def _align(self) -> tuple[Aligned, Curves]:
+        config, how = self.experiment.align, self.experiment.devices.map
+        cf, encoder = self.cf, self.encoder
+        return self._timed("align", train_align, config, self.dataset, cf, encoder, self._open("align"), how=how)
+
+    @property
+    def aligned(self) -> Aligned:
+        return self._align[0]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return mesh.make_mesh(model=self.experiment.devices.model)
+
+    @functools.cached_property
+    def llm(self) -> FrozenLLM:
+        dtype = self.experiment.llm.dtype
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        folder = _weights_folder(self.experiment.llm.llm, self.console)
+        return load_llm(folder, dtype=jnp.dtype(dtype), mesh=self.mesh)
+
+    @functools.cached_property
+    def _heads(self) -> tuple[dict[str, Any], Curves]:
+        cf, e = self.cf, self.aligned.e
+        config, folder = self.experiment.llm, self._open("llm")
+        return self._timed("llm", train_llm, config, self.dataset, cf, e, self.llm, folder, mesh=self.mesh)
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        return self._heads[0]
+
+    @property
+    def curves(self) -> dict[str, Curves]:
+        return {"stage 0: CF": self._cf[1], "stage 1: alignment": self._align[1], "stage 2: injection": self._heads[1]}
+
+    def builder(self, *, inject: bool) -> PromptBuilder:
+        """Prompts of this experiment's data, LLM and wording."""
+        config, context = self.experiment.llm, self.llm.config.max_position_embeddings
+        return PromptBuilder(
+            self.llm.tokenizer, self.dataset.titles(), DOMAINS[config.domain], context=context, inject=inject
+        )
+
+    def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None):
+        """A ranker by likelihood (`evaluation.rank.make_ranker`); `heads=None` is the LLM alone."""
+        config = self.experiment.evaluation
+        return make_ranker(
+            self.llm,
+            heads,
+            builder=self.builder(inject=heads is not None),
+            e=self.aligned.e if e is None else e,
+            mesh=self.mesh,
+            candidates=candidates,
+            normalise=config.score == "mean",
+            batch=batch or config.batch,
+        )
+
+
+def train(pipeline: Pipeline, stage: str) -> None:
+    """Trains one stage (and what it builds on, where that is missing)."""
+    if stage not in ("cf", "align", "llm"):
+        raise UserError(f"there is no stage {stage!r}; choose cf, align or llm")
+    {"cf": lambda: pipeline.cf, "align": lambda: pipeline.aligned, "llm": lambda: pipeline.heads}[stage]()
