@@ -1,7 +1,7 @@
 """f_I and f_T: the two auto-encoders that align collaborative and text knowledge (paper, section 4.1).
 
-    e = sigmoid(W1 E + b1),  E' = W2 e + b2      (f_I, d -> d' -> d)
-    q = sigmoid(V1 Q + c1),  Q' = V2 q + c2      (f_T, text width -> d' -> text width)
+e = sigmoid(W1 E + b1),  E' = W2 e + b2      (f_I, d -> d' -> d)
+q = sigmoid(V1 Q + c1),  Q' = V2 q + c2      (f_T, text width -> d' -> text width)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def loss_rows(
     E_negative: Float[Array, "batch d"],
     Q_positive: Float[Array, "batch text"],
     weights: Mapping[str, float],
-) -> dict[str, Float[Array, "batch"]]:
+) -> dict[str, Float[Array, " batch"]]:
     """The terms of stage 1's loss for each row; their batch mean is the loss.
 
         L = L_match + alpha L_item + beta L_text + L_rec

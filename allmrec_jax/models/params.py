@@ -1,7 +1,8 @@
 """One description per parameter, from which everything that concerns it is read.
 
 A *description* is a nested dict whose leaves are `Parameter`. From it come the initial tree (`init`), abstract shapes
-(`shapes`), shardings (`shardings`), and the conversion from and to the tensors of a PyTorch file (`from_torch`, `to_torch`).
+(`shapes`), shardings (`shardings`), and the conversion from and to the tensors of a PyTorch file (`from_torch`,
+`to_torch`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """F_U and F_I: the heads that carry x_u and e_i into the token space of the frozen LLM (paper, section 4.2).
 
-    F(x) = W2 act(LN(W1 x + b1)) + b2, act = LeakyReLU(0.01) for F_U, exact GELU for F_I
+F(x) = W2 act(LN(W1 x + b1)) + b2, act = LeakyReLU(0.01) for F_U, exact GELU for F_I
 """
 
 from __future__ import annotations

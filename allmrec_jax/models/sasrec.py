@@ -110,19 +110,19 @@ def features(
     params: Any,
     c: SASRecConfig,
     windows: Int[Array, "batch time"],
-    dropout_keys: Key[Array, "batch"] | None = None,
+    dropout_keys: Key[Array, " batch"] | None = None,
 ) -> Float[Array, "batch time d"]:
     """Features at every position of left-padded windows; `dropout_keys` (one a row) switch dropout on."""
-    batch, time = windows.shape
+    time = windows.shape[1]
     dropped = dropout_keys is not None and c.dropout > 0
 
     def drop(x: jax.Array, site: int) -> jax.Array:
         if not dropped:
             return x
         # One key a row, so that a row's mask does not depend on which device or batch it is in.
-        keep = jax.vmap(
-            lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - c.dropout, x.shape[1:])
-        )(dropout_keys)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - c.dropout, x.shape[1:]))(
+            dropout_keys
+        )
         return jnp.where(keep, x / (1 - c.dropout), 0)
 
     real = (windows != 0)[..., None]
@@ -156,7 +156,7 @@ def user_representation(
     params: Any,
     c: SASRecConfig,
     windows: Int[Array, "batch time"],
-    dropout_keys: Key[Array, "batch"] | None = None,
+    dropout_keys: Key[Array, " batch"] | None = None,
 ) -> Float[Array, "batch d"]:
     """x_u: the feature at the last position. An empty history gives the last norm's bias."""
     with jax.named_scope("x_u"):
@@ -169,7 +169,7 @@ def loss_terms(
     windows: Int[Array, "batch time"],
     positives: Int[Array, "batch time"],
     negatives: Int[Array, "batch time"],
-    dropout_keys: Key[Array, "batch"] | None = None,
+    dropout_keys: Key[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions."""
     f = features(params, c, windows, dropout_keys)

@@ -21,11 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import params
 from allmrec_jax.models.params import Parameter, constant, normal
+from allmrec_jax.models.tensor_files import SafeTensors
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes by the names of `config.json`; `normalize` and `max_seq_length` come from the sentence-transformers files."""
+    """Sizes by the names of `config.json`; `normalize` and `max_seq_length` as in the sentence-transformers files."""
 
     vocab_size: int
     hidden_size: int
@@ -59,7 +60,9 @@ def describe(c: EncoderConfig) -> dict[str, Any]:
             "kernel": Parameter(
                 (L, h, n, k), ("layer", "embed", "heads", None), init, f"{name}.weight", "(n k) h -> h n k", sizes
             ),
-            "bias": Parameter((L, n, k), ("layer", "heads", None), constant(0.0), f"{name}.bias", "(n k) -> n k", sizes),
+            "bias": Parameter(
+                (L, n, k), ("layer", "heads", None), constant(0.0), f"{name}.bias", "(n k) -> n k", sizes
+            ),
         }
 
     def dense(name: str, i: int, o: int, axes: tuple[str, str]) -> dict[str, Parameter]:
@@ -90,9 +93,7 @@ def describe(c: EncoderConfig) -> dict[str, Any]:
                     "h (n k) -> n k h",
                     {"n": n},
                 ),
-                "bias": Parameter(
-                    (L, h), ("layer", "embed"), constant(0.0), f"{layer}.attention.output.dense.bias"
-                ),
+                "bias": Parameter((L, h), ("layer", "embed"), constant(0.0), f"{layer}.attention.output.dense.bias"),
             },
             "attention_norm": norm(f"{layer}.attention.output.LayerNorm"),
             "up": dense(f"{layer}.intermediate.dense", h, f, ("embed", "mlp")),
@@ -119,7 +120,7 @@ class TextEncoder(nnx.Module):
         self,
         tokens: Int[Array, "batch time"],
         mask: Bool[Array, "batch time"],
-        dropout_keys: Key[Array, "batch"] | None = None,
+        dropout_keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch h"]:
         """Q for each text; `dropout_keys` (one a row) switch the encoder's own dropout on."""
         c, weights = self.config, nnx.pure(self.weights)
@@ -213,8 +214,6 @@ def load_encoder(folder: Path) -> LoadedEncoder:
         normalize=any("Normalize" in module["type"] for module in modules),
         max_seq_length=read("sentence_bert_config.json", {"max_seq_length": 512})["max_seq_length"],
     )
-    from allmrec_jax.models.llm.load import SafeTensors
-
     weights = params.from_torch(
         describe(config),
         SafeTensors(folder),

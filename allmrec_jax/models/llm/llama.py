@@ -87,7 +87,7 @@ def describe(c: LlamaConfig) -> dict[str, Any]:
     return description
 
 
-def rms_norm(x: Float[Array, "*batch h"], scale: Float[Array, "h"], eps: float) -> Float[Array, "*batch h"]:
+def rms_norm(x: Float[Array, "*batch h"], scale: Float[Array, " h"], eps: float) -> Float[Array, "*batch h"]:
     """x / sqrt(mean(x^2) + eps) * scale, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

@@ -17,6 +17,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.models import params
 from allmrec_jax.models.llm.llama import Llama, LlamaConfig, describe
 from allmrec_jax.models.llm.tokenizer import Tokenizer, from_folder, from_gguf
+from allmrec_jax.models.tensor_files import SafeTensors
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,6 @@ def _llama_config(raw: dict[str, Any], folder: Path) -> LlamaConfig:
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
     )
-
-
-class SafeTensors(Mapping):
-    """The tensors of all `.safetensors` files of a folder, each read when asked for."""
-
-    def __init__(self, folder: Path):
-        from safetensors import safe_open
-
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} has a config.json but no .safetensors file")
-        try:
-            self._handles = [safe_open(file, framework="flax") for file in files]
-        except Exception as error:
-            raise UserError(f"{folder}: a .safetensors file is damaged ({error}); delete it and fetch it again") from error
-        self._where = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._where[name].get_tensor(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 GGUF_NAMES = {
