@@ -27,6 +27,7 @@ from allmrec_jax.data import download as net
 from allmrec_jax.data.download import Corrupt, Unavailable
 from allmrec_jax.data.places import Archive, Hub, Wheel
 from allmrec_jax.errors import UserError
+from allmrec_jax.progress import Downloads
 
 RECORD = ".complete.json"
 _ONE_DAY = 86400
@@ -231,7 +232,7 @@ def _try_place(source, place, cache, folder, failures, say, console) -> bool:
             files = scratch / "files"
             files.mkdir()
             try:
-                with _progress(console) as progress:
+                with Downloads(console) as progress:
                     place.fetch_into(files, scratch, progress, again)
                 for path in _files(files):
                     net.check_structure(files / path)
@@ -351,18 +352,3 @@ def _sweep(cache: Path) -> None:
 
 def _sayer(console, name: str):
     return lambda text: console.print(f"{name}: {text}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _progress(console):
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -15,8 +15,8 @@ from rich.console import Console
 from allmrec_jax.data.prompts import PromptBuilder, pack
 from allmrec_jax.errors import UserError
 from allmrec_jax.models.llm.load import FrozenLLM
+from allmrec_jax.progress import progress, say
 from allmrec_jax.training.inject import freeze, make_scorer
-from allmrec_jax.training.loop import progress_bar
 
 
 def make_ranker(
@@ -69,22 +69,20 @@ def score_users(
     scores = np.full(candidates.shape, np.nan, np.float32)
     if saved.is_file():
         try:
-            before = np.load(saved)
-            if before.shape == scores.shape:
-                scores = before
-        except (ValueError, OSError, EOFError):
-            (console or Console()).print(f"{saved} is damaged; scoring again")
+            found = np.load(saved)
+            if found.shape == scores.shape:
+                scores = found
+        except Exception:  # whatever a damaged header makes NumPy raise
+            say(console or Console(), f"{saved} is damaged; scoring again")
     todo = np.flatnonzero(np.isnan(scores).any(1))
-    with progress_bar(console or Console()) as bar:
-        task = bar.add_task(label, total=len(scores), completed=len(scores) - len(todo), note="")
+    before = len(scores) - len(todo)
+    with progress(label, len(scores), done=before, unit="users", console=console) as bar:
         for k, start in enumerate(range(0, len(todo), batch)):
             chosen = todo[start : start + batch]
             scores[chosen] = ranker([histories[u] for u in chosen], candidates[chosen], x_u[chosen])
             if not np.isfinite(scores[chosen]).all():
                 raise UserError(f"{label}: a likelihood is not finite; the heads or the LLM's weights are damaged")
-            bar.update(task, completed=len(scores) - len(todo) + start + len(chosen))
-            speed = bar.tasks[0].speed
-            bar.update(task, note=f"{speed:.2f} users/s" if speed else "")
+            bar.update(before + start + len(chosen))
             if k % save_every == save_every - 1 or start + batch >= len(todo):
                 _save(saved, scores)
     return scores

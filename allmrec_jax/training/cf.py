@@ -20,6 +20,7 @@ from allmrec_jax.data import batches
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import params, sasrec
+from allmrec_jax.progress import say
 from allmrec_jax.training import loop, mesh
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create, update
@@ -76,8 +77,8 @@ def make_epoch(
     """The epoch `(state, data, key) -> (state, {"loss": (steps,)})`: `steps` optimiser steps scanned in one program.
 
     `data` is replicated: `items` (flat), `start` and `end` of the training items of each eligible user in it,
-    `users` (their ids) and `seen` (for negatives). Batches and negatives are drawn inside, from (key, step, global row),
-    so the number of devices changes nothing but the order of summation.
+    `users` (their ids) and `seen` (for negatives). Batches and negatives are drawn inside, from (key, step, global
+    row), so the number of devices changes nothing but the order of summation.
     """
     per_device = batch // len(devices)
 
@@ -191,12 +192,13 @@ def train_cf(
             item_name="sequences",
             log_every=min(10, config.evaluate_every),
             save_every=config.evaluate_every,
+            step_name="epoch",
             evaluate=lambda s: validate(s.params),
             console=console,
             logs=folder / "logs",
         )
         if config.select == "best":
-            restored = checkpoints.restore(state, best=True, warn=(console or Console()).print)
+            restored = checkpoints.restore(state, best=True, warn=lambda text: say(console or Console(), text))
             if restored is not None:
                 state = restored[1]
     finally:

@@ -1,7 +1,7 @@
 """One folder of Orbax checkpoints a stage, with what is needed to know whether they fit.
 
-    <workdir>/<stage>/config.json      the part of the experiment that this stage depends on
-    <workdir>/<stage>/checkpoints/N/   `state` (arrays) and `meta` (curves, metrics) after N steps
+<workdir>/<stage>/config.json      the part of the experiment that this stage depends on
+<workdir>/<stage>/checkpoints/N/   `state` (arrays) and `meta` (curves, metrics) after N steps
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Checkpoints:
                 metrics=metrics,
             )
         except OSError as error:
-            raise UserError(f"cannot save to {self.folder}: {error.strerror or error}; earlier checkpoints are kept") from error
+            why = error.strerror or error
+            raise UserError(f"cannot save to {self.folder}: {why}; earlier checkpoints are kept") from error
 
     def restore(self, like: Any, *, best: bool = False, warn: Any = print) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest (or best) checkpoint that can be read; None if there is none.

@@ -8,27 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from allmrec_jax.errors import UserError
+from allmrec_jax.progress import progress, say
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 
 
-def progress_bar(console: Console | None) -> Progress:
-    """A bar with rate and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point number of the tree is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def run(
@@ -42,6 +35,7 @@ def run(
     item_name: str,
     log_every: int,
     save_every: int,
+    step_name: str = "step",
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     console: Console | None = None,
     logs: Path | None = None,
@@ -49,20 +43,24 @@ def run(
     """Runs `state, metrics = step(state, i)` for i in 0..steps-1, going on from the newest checkpoint.
 
     `metrics` are arrays (a scalar, or one value for each optimiser step that `step` makes); they are fetched only every
-    `log_every` steps, so the device is never waited for in between. A checkpoint is saved every `save_every` steps and at
-    the end, after `evaluate(state)` where given, and only if everything up to there is finite.
+    `log_every` steps, and one step is always on its way while the next is made ready. A checkpoint is saved every
+    `save_every` steps and at the end, after `evaluate(state)` where given, and only if the metrics up to there and the
+    state itself are finite.
+
+    Args:
+      step_name: what the user calls a step of this loop; `epoch` where it makes several optimiser steps.
 
     Raises:
-      UserError: if a metric is not finite; it names the step and the last good checkpoint.
+      UserError: if a metric or the state is not finite; it names the step and the last good checkpoint.
     """
     console = console or Console()
-    restored = checkpoints.restore(state, warn=console.print)
+    restored = checkpoints.restore(state, warn=lambda text: say(console, text))
     start, curves = 0, {}
     if restored is not None:
         start, state, meta = restored
         curves = meta["curves"]
         if start < steps:
-            console.print(f"{label}: going on from step {start} of {steps}")
+            say(console, f"{label}: going on from {step_name} {start} of {steps}")
     if start >= steps:
         return state, curves
     writer = None
@@ -79,47 +77,54 @@ def run(
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     saved = start
 
+    def stop(what: str, where: str) -> UserError:
+        kept = f"the checkpoint of {step_name} {saved} is kept" if saved else "nothing was saved yet"
+        return UserError(f"{label}: {what} {where}; {kept}; lower the learning rate")
+
     def drain() -> dict[str, float]:
         """Fetches what is pending, checks it and appends its means to the curves."""
         fetched = [(i, {k: np.atleast_1d(np.asarray(v)) for k, v in m.items()}) for i, m in pending]
         pending.clear()
-        means: dict[str, float] = {}
         for i, metrics in fetched:
-            for name, values in metrics.items():
-                bad = np.flatnonzero(~np.isfinite(values))
-                if bad.size:
-                    where = i * values.size + int(bad[0]) + 1
-                    kept = f"the checkpoint of step {saved} is kept" if saved else "nothing was saved yet"
-                    raise UserError(f"{label}: {name} is {values[bad[0]]} at step {where}; {kept}; lower the learning rate")
-        if fetched:
-            last = fetched[-1][0] + 1
-            for name in fetched[0][1]:
-                means[name] = float(np.mean(np.concatenate([m[name] for _, m in fetched])))
-                record(name, last, means[name])
+            first_bad = {
+                name: int(np.argmin(np.isfinite(values)))
+                for name, values in metrics.items()
+                if not np.isfinite(values).all()
+            }
+            if first_bad:
+                name = min(first_bad, key=first_bad.__getitem__)
+                values, at = metrics[name], first_bad[name]
+                inside = f", optimiser step {at + 1} of {values.size}" if values.size > 1 else ""
+                raise stop(f"{name} is {values[at]}", f"in {step_name} {i + 1}{inside}")
+        last, names = fetched[-1][0] + 1, sorted(fetched[0][1], key=lambda name: (name != "loss", name))
+        means = {name: float(np.mean(np.concatenate([m[name] for _, m in fetched]))) for name in names}
+        for name, value in means.items():
+            record(name, last, value)
         return means
 
     try:
-        with progress_bar(console) as bar:
-            task = bar.add_task(label, total=steps, completed=start, note="")
+        with progress(label, steps, done=start, unit=item_name, per_step=items_per_step, console=console) as bar:
             for i in range(start, steps):
                 state, metrics = step(state, i)
                 pending.append((i, metrics))
                 done = i + 1
                 save_now = done % save_every == 0 or done == steps
                 if done % log_every == 0 or save_now:
-                    means = drain()
-                    speed = bar.tasks[0].speed
-                    rate = f"{speed * items_per_step:,.1f} {item_name}/s " if speed else ""
-                    bar.update(task, note=rate + " ".join(f"{k} {v:.4g}" for k, v in means.items()))
+                    bar.update(done, [f"{name} {value:.4g}" for name, value in drain().items()])
+                elif len(pending) > 1:
+                    # One step ahead keeps the device busy; more would only hold memory and let the bar run ahead.
+                    jax.block_until_ready(pending[-2][1])
+                    bar.update(i)
                 if save_now:
                     found = evaluate(state) if evaluate is not None else {}
                     for name, value in found.items():
                         if not math.isfinite(value):
-                            raise UserError(f"{label}: {name} is {value} after step {done}; lower the learning rate")
+                            raise stop(f"{name} is {value}", f"after {step_name} {done}")
                         record(name, done, value)
+                    if not all_finite(state):
+                        raise stop("the weights are not finite", f"after {step_name} {done}")
                     checkpoints.save(done, state, {"curves": curves}, metrics=found or None)
                     saved = done
-                bar.update(task, completed=done)
     finally:
         if writer is not None:
             writer.close()
