@@ -72,6 +72,9 @@ class Alignment:
     batch: int = 32
     epochs: int = 10
     learning_rate: float = 1e-4
+    """Of f_I and f_T."""
+    encoder_learning_rate: float | None = None
+    """Of the sentence encoder; None is the same (paper)."""
     save_every: int = 5
     """Epochs between checkpoints."""
 
@@ -88,8 +91,9 @@ class Injection:
     """Last items named in the prompt."""
     candidates: int = 20
     """Candidates in the prompt: the target and random items that the user has not."""
-    gain: float = 1.0
-    """Factor on the initial weights of the heads' last layer (1 in the paper)."""
+    init: Literal["paper", "matched"] = "paper"
+    """How F_U and F_I start: at random (paper), or matched to what they read and to the LLM's own token embeddings:
+    inputs standardised, O_u and O_i with the mean and the spread of the tokens."""
     batch: int = 4
     epochs: float = 5.0
     """Passes over the users; a fraction trains on that share of them."""
@@ -154,6 +158,63 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def from_dict(tree: dict[str, Any]) -> Experiment:
+    """The inverse of `as_dict`.
+
+    Raises:
+      UserError: naming a field that this version does not know.
+    """
+
+    def build(kind: type, values: dict[str, Any], where: str) -> Any:
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for name in values:
+            if name not in fields:
+                raise UserError(f"the config has a field {where}{name} that this version does not know")
+        parts = {}
+        for name, value in values.items():
+            factory = fields[name].default_factory
+            nested = isinstance(factory, type) and dataclasses.is_dataclass(factory)
+            parts[name] = build(factory, value, f"{where}{name}.") if nested else value
+        return kind(**parts)
+
+    return check(build(Experiment, tree, ""))
+
+
+AT_LEAST_ONE = (
+    "cf.width cf.blocks cf.heads cf.maxlen cf.batch cf.epochs cf.evaluate_every align.joint align.batch align.epochs "
+    "align.save_every llm.history llm.batch llm.save_every evaluation.batch evaluation.resamples devices.model"
+).split()
+
+
+def check(experiment: Experiment) -> Experiment:
+    """The same experiment, if its values make sense.
+
+    Raises:
+      UserError: naming the first field that does not.
+    """
+    values = {
+        f"{part.name}.{f.name}": getattr(getattr(experiment, part.name), f.name)
+        for part in dataclasses.fields(experiment)
+        if dataclasses.is_dataclass(getattr(experiment, part.name))
+        for f in dataclasses.fields(getattr(experiment, part.name))
+    }
+    rules = [(name, values[name] >= 1, "at least 1") for name in AT_LEAST_ONE]
+    rules += [(name, value > 0, "above 0") for name, value in values.items() if "learning_rate" in name and value is not None]
+    rules += [
+        ("cf.dropout", 0 <= values["cf.dropout"] < 1, "in [0, 1)"),
+        ("cf.heads", values["cf.width"] % max(1, values["cf.heads"]) == 0, f"a divisor of cf.width {values['cf.width']}"),
+        ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
+        ("llm.epochs", values["llm.epochs"] > 0, "above 0"),
+        ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
+        ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
+        ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
+    ]
+    for name, fine, must_be in rules:
+        if not fine:
+            raise UserError(f"{name} is {values[name]}, but must be {must_be}")
+    return experiment
+
+
 def config_folder() -> Path:
     """The folder of the configs that come with the project: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parent
@@ -184,4 +245,4 @@ def load_config(name: str) -> Experiment:
         raise UserError(f"the config {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(experiment, Experiment):
         raise UserError(f"config() in {path} must return an Experiment, not {type(experiment).__name__}")
-    return experiment
+    return check(experiment)

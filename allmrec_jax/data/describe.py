@@ -85,3 +85,20 @@ def describe(dataset: Dataset):
         balance.add_row(f"dropped: {entry['reason']}", f"{-entry['rows']:,}")
     balance.add_row("kept", f"{account['kept']:,}")
     return Group(table, balance)
+
+
+def sources_table():
+    """The known data sets and weights, for the terminal: what, on which terms, where from, and whether already here."""
+    from rich.table import Table
+
+    from allmrec_jax.data import sources
+
+    table = Table(title="Known sources", title_justify="left", show_lines=True)
+    for head in ("name", "what", "terms", "where from, in this order"):
+        table.add_column(head, overflow="fold")
+    for source in sources.KNOWN.values():
+        places = ["the local cache" + (" (it is there)" if sources.is_cached(source.name) else "")]
+        places += [place.label for place in source.places]
+        where = source.manual if source.manual else "\n".join(places)
+        table.add_row(source.name, f"{source.kind}: {source.title}\n{source.home}", source.terms, where)
+    return table

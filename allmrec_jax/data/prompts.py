@@ -100,13 +100,13 @@ class PromptBuilder:
         if not self.inject:
             quoted = [",".join(f'"{self.titles[i]}"' for i in items) for items in (history, candidates)]
             return [(f"{before}{quoted[0]}{middle}{quoted[1]}{after}", None)]
-        plan, lead = [], t.user + before
+        plan, text = [], t.user + before
         for items, following in ((history, middle), (candidates, after)):
-            for item in items:
-                plan.append((f'{lead}"{self.titles[item]}"', int(item)))
-                lead = ","
-            lead = following if items is not history or history else lead + following
-        return [*plan, (lead, None)]
+            for k, item in enumerate(items):
+                plan.append((f'{text}{"," if k else ""}"{self.titles[item]}"', int(item)))
+                text = ""
+            text += following
+        return [*plan, (text, None)]
 
     def _fit(self, history: Sequence[int], candidates: Sequence[int], plan: list[tuple[str, int | None]]) -> Prompt:
         longest = max(len(answer) for answer in self.answers(candidates))

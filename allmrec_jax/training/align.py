@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create, update
 
 SEED_STREAM = 1
-TIERS = (16, 32, 64, 128, 256, 512)  # text lengths that programs are compiled for
+TIERS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # text lengths that programs are compiled for
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ def make_step(
     return mesh.map_over_data(step, devices, batched=(False, False, True, False), how=how, donate=(0,))
 
 
+def make_optimiser(config: Alignment) -> optax.GradientTransformation:
+    """Adam(b1 .9, b2 .98), with a learning rate of its own for the sentence encoder where one is given."""
+    adam = partial(optax.adam, b1=0.9, b2=0.98, eps=1e-8)
+    if config.encoder_learning_rate is None:
+        return adam(config.learning_rate)
+    rates = {"heads": adam(config.learning_rate), "encoder": adam(config.encoder_learning_rate)}
+
+    def label(trained: dict[str, Any]) -> dict[str, str]:
+        return {name: "encoder" if name == "encoder" else "heads" for name in trained}
+
+    return optax.multi_transform(rates, label)
+
+
 def _tier(longest: int) -> int:
     return next(tier for tier in TIERS if tier >= longest)
 
@@ -124,7 +138,7 @@ def train_align(
     (trained if config.train_encoder else frozen)["encoder"] = encoder.weights
     # No L_match gradient reaches the encoder where the encoder is frozen; f_I and f_T are trained in any case.
     weights = {"match": float(config.match), "item": config.alpha, "text": config.beta, "rec": float(config.recommendation)}
-    optimiser = optax.adam(config.learning_rate, b1=0.9, b2=0.98, eps=1e-8)
+    optimiser = make_optimiser(config)
     state = create(trained, optimiser)
     step = make_step(
         encoder.graph,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,13 +126,22 @@ def make_optimiser(config: Injection, steps: int) -> optax.GradientTransformatio
     return adam if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
-def init_heads(key: jax.Array, width: int, joint: int, h: int, gain: float) -> dict[str, Any]:
-    """Fresh F_U and F_I."""
+def init_heads(
+    key: jax.Array,
+    x_u: Float[Array, "users d"],
+    e: Float[Array, "items joint"],
+    tokens: Float[Array, "vocab h"],
+    init: Literal["paper", "matched"] = "paper",
+) -> dict[str, Any]:
+    """Fresh F_U and F_I; `matched` as `projection.match` does it, on the users and items of training."""
     key_u, key_i = jax.random.split(key)
-    return {
-        "F_U": params.init(key_u, projection.describe(width, h, gain)),
-        "F_I": params.init(key_i, projection.describe(joint, h, gain)),
-    }
+    F_U = params.init(key_u, projection.describe(x_u.shape[1], tokens.shape[1]))
+    F_I = params.init(key_i, projection.describe(e.shape[1], tokens.shape[1]))
+    if init == "matched":
+        tokens = tokens.astype(jnp.float32)
+        F_U = projection.match(projection.F_U, F_U, x_u, tokens)
+        F_I = projection.match(projection.F_I, F_I, e, tokens)
+    return {"F_U": F_U, "F_I": F_I}
 
 
 def freeze(llm: FrozenLLM, x_u: np.ndarray, e: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
@@ -179,7 +188,8 @@ def train_llm(
     per_epoch = batches.steps_per_epoch(len(users), config.batch)
     steps = max(1, round(per_epoch * config.epochs))
     optimiser = make_optimiser(config, steps)
-    heads = init_heads(init_key, cf.config.width, e.shape[1], llm.width, config.gain)
+    table = llm.weights["weights"]["embed"]
+    heads = init_heads(init_key, jnp.asarray(x_u), jnp.asarray(e[1:]), table, config.init)
     state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
     frozen, shardings = freeze(llm, x_u, e, mesh)
     step = make_step(llm.graph, shardings, mesh, optimiser, remat=config.remat)

@@ -1,0 +1,284 @@
+"""The commands: parse, call, print. No maths here.
+
+Heavy imports happen inside the commands, so that `--help` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import glob
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from allmrec_jax import __version__
+from allmrec_jax.config import Experiment, check, from_dict, load_config
+from allmrec_jax.errors import UserError
+
+ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
+
+
+def choose_platform() -> None:
+    """Keeps libtpu quiet where there is no accelerator: it is installed for ahead-of-time compilation, too."""
+    if importlib.util.find_spec("libtpu") is None or "JAX_PLATFORMS" in os.environ:
+        return
+    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def field_types(config: Any = Experiment, prefix: str = "") -> list[str]:
+    """Every field of the experiment as the command line names it, such as `cf.epochs`."""
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name, None) if not isinstance(config, type) else None
+        inner = value if value is not None else field.default_factory if callable(field.default_factory) else None
+        if inner is not None and dataclasses.is_dataclass(inner):
+            names += field_types(inner, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def override(experiment: Experiment, arguments: list[str], *, prog: str) -> Experiment:
+    """`experiment` with `--any.field value` applied.
+
+    Raises:
+      UserError: for a field that does not exist, or a value that it cannot take.
+    """
+    known = field_types(experiment)
+    for argument in arguments:
+        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        plain = name.replace(".no_", ".") if name not in known else name
+        if argument.startswith("--") and plain not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean --{close[0]}?" if close else ""
+            raise UserError(f"there is no config field {argument.split('=')[0]}{hint} (`{prog} --help` lists them)")
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            changed = tyro.cli(Experiment, default=experiment, args=arguments, prog=prog)
+    except SystemExit as stop:
+        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
+        reason = " ".join(line for line in lines if line and "help" not in line.lower() and "Parsing error" not in line)
+        raise UserError(f"{' '.join(arguments)}: {reason[:300]}") from stop
+    return check(changed)
+
+
+def fields_help(experiment: Experiment, prog: str) -> None:
+    """Prints every config field with its meaning and present value."""
+    import tyro
+
+    with contextlib.suppress(SystemExit):
+        tyro.cli(Experiment, default=experiment, args=["--help"], prog=f"{prog} ...")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="allmrec",
+        description="A-LLMRec in JAX: recommendation with collaborative filtering and a frozen large language model.",
+        epilog="Begin with `allmrec demo`: data, training and evaluation end to end, in some minutes on a laptop.",
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"allmrec-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str, more: str = "", group: Any = commands) -> argparse.ArgumentParser:
+        return group.add_parser(name, help=text, description=f"{text}\n{more}", formatter_class=raw)
+
+    overrides = "\nAny field of the config may be overridden: --cf.epochs 50 --llm.learning-rate 1e-3. Fields:\n"
+
+    demo = command(
+        "demo",
+        "Everything, end to end, on MovieLens 100K with SmolLM2-135M.",
+        "\nFetches data and weights, trains the three stages, evaluates, and writes metrics.json and report.html.\n"
+        "Interrupted, it goes on from where it was; finished, it shows its results again.",
+    )
+    demo.add_argument("--full", action="store_true", help="train on and test all users (at most 100 minutes on 2 cores)")
+    demo.add_argument("--workdir", type=Path, help="where everything is kept (default runs/demo or runs/demo-full)")
+
+    data = command("data", "List, prepare and describe data sets.").add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
+    command("list", "The known data sets and weights, and where they come from.", group=data)
+    prepare = command(
+        "prepare",
+        "Turn raw files into a prepared data set.",
+        "\nExample: allmrec data prepare ml-100k --out data/ml-100k --strip-years",
+        group=data,
+    )
+    prepare.add_argument("name", help="a named data set, or a folder of raw files")
+    prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
+    prepare.add_argument("--recipe", choices=("clean", "reference"), default="clean", help="how rows are filtered")
+    prepare.add_argument("--strip-years", action="store_true", help='"Heat (1995)" becomes "Heat": shorter prompts')
+    prepare.add_argument("--k-core", type=int, default=5, help="least interactions of a user or item (clean)")
+    prepare.add_argument("--min-positive-rating", type=float, help="drop interactions rated lower (clean)")
+    describe = command("describe", "Counts, lengths, texts, repeats, and what was dropped and why.", group=data)
+    describe.add_argument("folder", type=Path, help="a prepared data set")
+
+    def with_config(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--config", required=True, help="a Python config file, or the name of one: demo, ml100k")
+        parser.add_argument("--workdir", type=Path, required=True, help="where checkpoints and results are kept")
+
+    train = command(
+        "train",
+        "Train one stage, and what it builds on where that is missing.",
+        "\n  cf     stage 0: the collaborative filtering model (SASRec)"
+        "\n  align  stage 1: f_I, f_T and the sentence encoder"
+        "\n  llm    stage 2: F_U and F_I through the frozen LLM\n" + overrides,
+    )
+    train.add_argument("stage", choices=("cf", "align", "llm"))
+    with_config(train)
+    run = command(
+        "run", "All stages and the evaluation; picks up where it stopped.", overrides
+    )
+    with_config(run)
+
+    evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
+    evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
+
+    recommend = command(
+        "recommend",
+        "Recommend items to a known user, or to somebody new by titles.",
+        "\nExamples: allmrec recommend --workdir runs/demo --user 42\n"
+        '          allmrec recommend --workdir runs/demo --history "Fargo" "Heat" "Twelve Monkeys"',
+    )
+    recommend.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="the user's id in the raw data")
+    who.add_argument("--history", nargs="+", metavar="TITLE", help="titles, oldest first")
+    recommend.add_argument("-k", type=int, default=5, help="how many to recommend (default 5)")
+    recommend.add_argument("--candidates", type=int, default=20, help="the CF model's top items that the LLM ranks")
+    recommend.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def opened(workdir: Path) -> Experiment:
+    """The experiment that a work directory was made with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not a work directory (no config.json); make one with `allmrec run` or `allmrec demo`")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train into another --workdir") from error
+
+
+def pipeline_of(experiment: Experiment, workdir: Path) -> Any:
+    from rich.console import Console
+
+    from allmrec_jax.pipeline import Pipeline
+
+    return Pipeline(experiment, workdir, console=Console())
+
+
+def run_all(experiment: Experiment, workdir: Path) -> None:
+    from allmrec_jax.evaluation.evaluate import evaluate, show
+
+    pipeline = pipeline_of(experiment, workdir)
+    show(evaluate(pipeline), pipeline.console, workdir)
+
+
+def run_data(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if arguments.action == "list":
+        from allmrec_jax.data.describe import sources_table
+
+        console.print(sources_table())
+    elif arguments.action == "prepare":
+        from allmrec_jax.data.prepare import describe, prepare
+
+        dataset = prepare(
+            arguments.name,
+            arguments.out,
+            recipe=arguments.recipe,
+            strip_years=arguments.strip_years,
+            k_core=arguments.k_core,
+            min_positive_rating=arguments.min_positive_rating,
+            console=console,
+        )
+        console.print(describe(dataset))
+    else:
+        from allmrec_jax.data.dataset import open_dataset
+        from allmrec_jax.data.prepare import describe
+
+        console.print(describe(open_dataset(arguments.folder)))
+
+
+def run_recommend(arguments: argparse.Namespace) -> None:
+    from allmrec_jax.evaluation.recommend import recommend, table
+
+    pipeline = pipeline_of(opened(arguments.workdir), arguments.workdir)
+    if arguments.json:
+        pipeline.console.stderr = True
+    answer = recommend(
+        pipeline, user=arguments.user, titles=arguments.history, k=arguments.k, candidates=arguments.candidates
+    )
+    if arguments.json:
+        print(json.dumps(answer, indent=1, ensure_ascii=False))
+    else:
+        pipeline.console.print(table(answer))
+
+
+def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if arguments.command not in ("train", "run") and rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
+    if arguments.command == "demo":
+        name = "ml100k" if arguments.full else "demo"
+        run_all(load_config(name), arguments.workdir or Path("runs") / ("demo-full" if arguments.full else "demo"))
+    elif arguments.command == "data":
+        run_data(arguments)
+    elif arguments.command in ("train", "run"):
+        experiment = override(load_config(arguments.config), rest, prog=f"allmrec {arguments.command}")
+        if arguments.command == "run":
+            run_all(experiment, arguments.workdir)
+        else:
+            from allmrec_jax.pipeline import train
+
+            train(pipeline_of(experiment, arguments.workdir), arguments.stage)
+    elif arguments.command == "evaluate":
+        run_all(opened(arguments.workdir), arguments.workdir)
+    else:
+        run_recommend(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command. 0: done; 1: a user's mistake, in one line on stderr; 130: interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    choose_platform()
+    try:
+        if argv[:1] and argv[0] in ("train", "run") and {"-h", "--help"} & set(argv):
+            return _teach(argv)
+        arguments, rest = build_parser().parse_known_args(argv)
+        dispatch(arguments, rest)
+    except UserError as error:
+        print(f"allmrec: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nallmrec: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except SystemExit as stop:  # argparse: --help is 0, a mistake in the arguments is the user's
+        return 0 if stop.code in (0, None) else 1
+    return 0
+
+
+def _teach(argv: list[str]) -> int:
+    """`--help` of a command that takes config fields: its own help, then every field with its value."""
+    with contextlib.suppress(SystemExit):
+        build_parser().parse_args([argv[0], "--help"])
+    config = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
+    fields_help(load_config(config) if config else Experiment(), f"allmrec {argv[0]}")
+    return 0

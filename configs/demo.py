@@ -1,0 +1,21 @@
+"""The demo: everything end to end on MovieLens 100K with all-MiniLM-L6-v2 and SmolLM2-135M-Instruct.
+
+    allmrec demo        (or: make demo)
+
+Hardware: 2 CPU cores, 8 GiB. Time, expected metrics, and what each choice below gave: docs/results.md.
+"""
+
+from allmrec_jax.config import CF, Alignment, Data, Evaluation, Experiment, Injection
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="demo",
+        data=Data(name="ml-100k", strip_years=True),
+        cf=CF(epochs=330),
+        align=Alignment(epochs=7, learning_rate=1e-3, encoder_learning_rate=1e-4),
+        llm=Injection(
+            domain="movies", init="matched", learning_rate=1e-3, epochs=0.4, warmup=10, decay=True
+        ),
+        evaluation=Evaluation(users=100),
+    )
