@@ -20,11 +20,11 @@ def describe(width: int, joint: int) -> dict[str, Any]:
     """One auto-encoder, `width` -> `joint` -> `width`."""
     return {
         "encode": {
-            "kernel": Parameter((width, joint), (None, None), uniform(width), "fc1.weight", "out in -> in out"),
+            "kernel": Parameter((width, joint), (None, None), uniform(width), "fc1.weight", "o i -> i o"),
             "bias": Parameter((joint,), (None,), uniform(width), "fc1.bias"),
         },
         "decode": {
-            "kernel": Parameter((joint, width), (None, None), uniform(joint), "fc2.weight", "out in -> in out"),
+            "kernel": Parameter((joint, width), (None, None), uniform(joint), "fc2.weight", "o i -> i o"),
             "bias": Parameter((width,), (None,), uniform(joint), "fc2.bias"),
         },
     }

@@ -64,7 +64,7 @@ class Parameter:
       axes: a logical axis name (or None) for each dimension; `AXIS_RULES` maps them to mesh axes.
       init: `(key, shape) -> array`, applied to the whole stacked shape.
       torch: name in the PyTorch file, with `{layer}` where layers are stacked; None if it has no counterpart.
-      layout: einops pattern from the PyTorch tensor (of one layer) to ours, e.g. `"out in -> in out"`.
+      layout: einops pattern from the PyTorch tensor (of one layer) to ours, e.g. `"o i -> i o"`.
       sizes: axis lengths that `layout` needs to split a dimension.
     """
 

@@ -47,7 +47,7 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
     def dense(name: str) -> dict[str, Parameter]:
         return {
             "kernel": Parameter(
-                (L, d, d), ("layer", None, None), xavier_normal(d, d), f"{name}.weight", "out in 1 -> in out"
+                (L, d, d), ("layer", None, None), xavier_normal(d, d), f"{name}.weight", "o i 1 -> i o"
             ),
             "bias": Parameter((L, d), ("layer", None), uniform(d), f"{name}.bias"),
         }
@@ -64,7 +64,7 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
                     ("layer", None, None, None),
                     normal(math.sqrt(2 / (4 * d))),
                     f"{attention}.in_proj_weight",
-                    "(three out) in -> three in out",
+                    "(three o) i -> three i o",
                     {"three": 3},
                 ),
                 "bias": Parameter(
@@ -72,7 +72,7 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
                     ("layer", None, None),
                     constant(0.0),
                     f"{attention}.in_proj_bias",
-                    "(three out) -> three out",
+                    "(three o) -> three o",
                     {"three": 3},
                 ),
             },
@@ -82,7 +82,7 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
                     ("layer", None, None),
                     xavier_normal(d, d),
                     f"{attention}.out_proj.weight",
-                    "out in -> in out",
+                    "o i -> i o",
                 ),
                 "bias": Parameter((L, d), ("layer", None), constant(0.0), f"{attention}.out_proj.bias"),
             },
@@ -104,6 +104,12 @@ def layer_norm(x: Float[Array, "*batch d"], w: dict[str, jax.Array], eps: float)
 def _dense(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
     y = jnp.einsum("...i,io->...o", x, w["kernel"])
     return y + jnp.broadcast_to(w["bias"], y.shape)
+
+
+def rows_of(E: Float[Array, "items d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """E_i; row 0 is read as it stands but gets no gradient, so it keeps its initial value for ever."""
+    rows = jnp.take(E, ids, axis=0)
+    return jnp.where((ids != 0)[..., None], rows, jax.lax.stop_gradient(rows))
 
 
 def features(
@@ -174,7 +180,7 @@ def loss_terms(
     """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions."""
     f = features(params, c, windows, dropout_keys)
     real = positives != 0
-    positive = jnp.einsum("btd,btd->bt", f, jnp.take(params["E"], positives, axis=0))
-    negative = jnp.einsum("btd,btd->bt", f, jnp.take(params["E"], negatives, axis=0))
+    positive = jnp.einsum("btd,btd->bt", f, rows_of(params["E"], positives))
+    negative = jnp.einsum("btd,btd->bt", f, rows_of(params["E"], negatives))
     terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

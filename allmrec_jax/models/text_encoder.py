@@ -67,7 +67,7 @@ def describe(c: EncoderConfig) -> dict[str, Any]:
 
     def dense(name: str, i: int, o: int, axes: tuple[str, str]) -> dict[str, Parameter]:
         return {
-            "kernel": Parameter((L, i, o), ("layer", *axes), init, f"{name}.weight", "out in -> in out"),
+            "kernel": Parameter((L, i, o), ("layer", *axes), init, f"{name}.weight", "o i -> i o"),
             "bias": Parameter((L, o), ("layer", axes[1]), constant(0.0), f"{name}.bias"),
         }
 

@@ -56,9 +56,7 @@ def describe(c: LlamaConfig) -> dict[str, Any]:
         return Parameter((L, h), ("layer", "embed"), constant(1.0), f"model.layers.{{layer}}.{name}.weight")
 
     def dense(shape: tuple[int, int], axes: tuple[str, str], name: str) -> Parameter:
-        return Parameter(
-            (L, *shape), ("layer", *axes), init, f"model.layers.{{layer}}.mlp.{name}.weight", "out in -> in out"
-        )
+        return Parameter((L, *shape), ("layer", *axes), init, f"model.layers.{{layer}}.mlp.{name}.weight", "o i -> i o")
 
     description = {
         "embed": Parameter((c.vocab_size, h), ("vocab", "embed"), init, "model.embed_tokens.weight"),

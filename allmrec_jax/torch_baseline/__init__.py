@@ -1,0 +1,1 @@
+"""The same model as plain PyTorch: what ours is checked and timed against. The only place that imports torch."""

@@ -1,0 +1,91 @@
+"""Stage 2 in PyTorch: embeddings injected into a frozen transformers causal LM; side by side with `training.inject`.
+
+Every (prompt, answer) is a row of its own, as a user of transformers writes it: `inputs_embeds`, an attention mask, and
+labels of -100 wherever a token is not part of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from allmrec_jax.data.prompts import Prompt
+from allmrec_jax.torch_baseline import projection
+
+IGNORED = -100  # the label of tokens that are not predicted
+
+
+class Injector(nn.Module):
+    """F_U (`log_proj`) and F_I (`item_proj`), trained through the frozen `llm`.
+
+    Args:
+      llm: a transformers `...ForCausalLM`; its parameters are frozen here.
+      d: width of x_u.
+      joint: width of e.
+    """
+
+    def __init__(self, llm: nn.Module, d: int, joint: int):
+        super().__init__()
+        self.llm = llm.requires_grad_(False).eval()
+        h = llm.get_input_embeddings().embedding_dim
+        self.log_proj, self.item_proj = projection.F_U(d, h), projection.F_I(joint, h)
+
+    def train(self, mode: bool = True) -> Injector:
+        """As in PyTorch, but the frozen LLM stays in evaluation mode."""
+        super().train(mode)
+        self.llm.eval()
+        return self
+
+    def logits(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        x_u: Float[Tensor, "batch d"],
+        e: Float[Tensor, "items joint"],
+    ) -> tuple[Float[Tensor, "batch time vocab"], Tensor]:
+        """Logits at every position of prompt + answer, and the label that each of them predicts (-100: none)."""
+        embed, rows, labels = self.llm.get_input_embeddings(), [], []
+        O_u = self.log_proj(x_u)
+        for prompt, answer, own_O_u in zip(prompts, answers, O_u, strict=True):
+            ids = torch.tensor([*prompt.tokens, *answer])
+            x = embed(ids).clone()
+            if prompt.slots:
+                x[prompt.slots] = self.item_proj(e[prompt.slot_items])
+            if prompt.user_slot is not None:
+                x[prompt.user_slot] = own_O_u
+            rows.append(x)
+            target = ids.clone()
+            target[: len(prompt.tokens)] = IGNORED
+            labels.append(F.pad(target[1:], (0, 1), value=IGNORED))
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(x), dtype=torch.long) for x in rows], batch_first=True)
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return self.llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits, labels
+
+    def forward(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        x_u: Float[Tensor, "batch d"],
+        e: Float[Tensor, "items joint"],
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of the answers' tokens, mean over all of them together."""
+        logits, labels = self.logits(prompts, answers, x_u, e)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        x_u: Float[Tensor, "batch d"],
+        e: Float[Tensor, "items joint"],
+    ) -> Float[Tensor, " batch"]:
+        """Sum over each answer's tokens of their log-likelihood."""
+        logits, labels = self.logits(prompts, answers, x_u, e)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        return -losses.sum(1)
