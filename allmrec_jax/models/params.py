@@ -173,13 +173,21 @@ def from_torch(
 
 
 def to_torch(description: Tree, tree: Tree) -> dict[str, np.ndarray]:
-    """The tensors of the PyTorch file, the inverse of `from_torch` to the bit."""
+    """The tensors of the PyTorch file, the inverse of `from_torch` to the bit.
+
+    Raises:
+      ValueError: if `tree` is not of the description's structure and shapes.
+      UserError: for a parameter that has no name in a PyTorch file, or two that have the same.
+    """
+    if jax.tree.structure(tree) != (expected := jax.tree.structure(description, is_leaf=_is_parameter)):
+        raise ValueError(f"the tree {jax.tree.structure(tree)} is not the described {expected}")
     tensors: dict[str, np.ndarray] = {}
-    values = jax.tree.leaves(tree)
-    for (path, parameter), value in zip(paths(description), values, strict=True):
+    for (path, parameter), value in zip(paths(description), jax.tree.leaves(tree), strict=True):
         if parameter.torch is None:
             raise UserError(f"the parameter {path!r} has no name in a PyTorch file")
         array = np.asarray(value)
+        if array.shape != parameter.shape:
+            raise ValueError(f"{path} has shape {array.shape}, not the described {parameter.shape}")
         parts = array if parameter.stacked else array[None]
         for layer, part in enumerate(parts):
             if parameter.layout:
@@ -187,7 +195,10 @@ def to_torch(description: Tree, tree: Tree) -> dict[str, np.ndarray]:
                 # The inverse pattern needs the sizes of the axes that stand alone on our side.
                 sizes = {k: v for k, v in parse_shape(part, _flat_axes(right)).items() if k != "_"}
                 part = rearrange(part, f"{right} -> {left}", **{**sizes, **parameter.sizes})
-            tensors[parameter.torch.format(layer=layer)] = part
+            name = parameter.torch.format(layer=layer)
+            if name in tensors:
+                raise UserError(f"two parameters go by the name {name!r} in a PyTorch file")
+            tensors[name] = part
     return tensors
 
 
