@@ -123,7 +123,7 @@ class TextEncoder(nnx.Module):
         dropout_keys: Key[Array, " batch"] | None = None,
     ) -> Float[Array, "batch h"]:
         """Q for each text; `dropout_keys` (one a row) switch the encoder's own dropout on."""
-        c, weights = self.config, nnx.pure(self.weights)
+        c, weights = self.config, nnx.as_pure(self.weights)
         dropped = dropout_keys is not None and c.dropout > 0
 
         def drop(x: jax.Array, site: jax.Array | int) -> jax.Array:

@@ -26,8 +26,10 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[Any] | 
     """
     devices = list(jax.devices() if devices is None else devices)
     if data is None:
-        data = len(devices) // model
-    if data * model > len(devices) or data < 1:
+        data = max(1, len(devices) // max(1, model))
+    if data < 1 or model < 1:
+        raise UserError(f"a mesh of {data} x {model} devices makes no sense; both numbers are at least 1")
+    if data * model > len(devices):
         raise UserError(f"a mesh of {data} x {model} needs {data * model} devices, but there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * 2
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"), axis_types=auto)
@@ -70,9 +72,9 @@ def map_over_data(
     if how != "pmap":
         raise UserError(f"--map {how} is unknown; choose shard_map or pmap")
     mapped = jax.pmap(
-        function,
+        lambda _, *arguments: function(*arguments),  # pmap wants one mapped argument at least
         axis_name=DATA,
-        in_axes=tuple(0 if cut else None for cut in batched),
+        in_axes=(0, *(0 if cut else None for cut in batched)),
         out_axes=0 if batched_outputs else None,
         devices=list(devices),
     )
@@ -82,7 +84,7 @@ def map_over_data(
             jax.tree.map(lambda x: rearrange(x, "(n b) ... -> n b ...", n=n), argument) if is_cut else argument
             for argument, is_cut in zip(arguments, batched, strict=True)
         ]
-        out = mapped(*cut)
+        out = mapped(np.arange(n), *cut)
         return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), out) if batched_outputs else out
 
     return whole

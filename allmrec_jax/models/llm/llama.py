@@ -101,7 +101,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time h"]:
         """Token embeddings; ids outside the vocabulary are clipped, so injection slots may hold any id."""
-        return jnp.take(nnx.pure(self.weights)["embed"], tokens, axis=0, mode="clip")
+        return jnp.take(nnx.as_pure(self.weights)["embed"], tokens, axis=0, mode="clip")
 
     def __call__(
         self,
@@ -117,7 +117,7 @@ class Llama(nnx.Module):
           branch: 0 prompt, 1.. branches, -1 padding (see `attention.branch_mask`).
           remat: a `jax.checkpoint` policy for the backward pass of each layer; None keeps all activations.
         """
-        c, weights = self.config, nnx.pure(self.weights)
+        c, weights = self.config, nnx.as_pure(self.weights)
         mask, positions = attention.branch_mask(branch), attention.branch_positions(branch)
 
         def block(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
@@ -138,6 +138,6 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch h"], rows: int | None = None) -> Float[Array, "*batch vocab"]:
         """Logits in float32 over the first `rows` entries of the vocabulary (all of them by default)."""
-        weights = nnx.pure(self.weights)
+        weights = nnx.as_pure(self.weights)
         table = weights["embed" if self.config.tie_word_embeddings else "output"][:rows]
         return jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)

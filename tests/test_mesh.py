@@ -1,0 +1,117 @@
+"""The number of devices, and how they are mapped, change nothing but the order of summation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from allmrec_jax.errors import UserError
+from allmrec_jax.models import alignment, params, sasrec
+from allmrec_jax.training import align, cf, mesh
+from allmrec_jax.training.state import create
+
+WAYS = [("shard_map", 8), ("pmap", 8), ("shard_map", 2)]
+
+
+def assert_close(a, b) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), a, b)
+
+
+def on(devices: int) -> list:
+    return jax.devices()[:devices]
+
+
+@pytest.fixture(scope="module")
+def epoch(tmp_path_factory):
+    """`epoch(how, devices)`: the state and losses after an epoch of stage 0 from a fixed start."""
+    dataset = tiny.dataset(tmp_path_factory.mktemp("data") / "tiny")
+    c = sasrec.SASRecConfig(dataset.n_items, width=8, blocks=1, heads=1, maxlen=10)
+    optimiser = optax.sgd(1.0, momentum=0.9)  # Adam would blow up the rounding of gradients that are 0
+    data = cf.training_data(dataset)
+
+    def run(how: str, devices: int):
+        state = create(params.init(jax.random.key(0), sasrec.describe(c)), optimiser)
+        made = cf.make_epoch(c, optimiser, on(devices), batch=16, steps=3, l2_emb=1e-3, how=how)
+        return jax.device_get(made(state, data, jax.random.key(1)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device_epoch(epoch):
+    return epoch("shard_map", 1)
+
+
+@pytest.mark.parametrize(("how", "devices"), WAYS)
+def test_an_epoch_of_stage_0(epoch, one_device_epoch, how, devices):
+    state, losses = epoch(how, devices)
+    expected_state, expected_losses = one_device_epoch
+    assert losses["loss"].shape == (3,)
+    assert int(state.step) == 3
+    assert_close(losses, expected_losses)
+    assert_close(state, expected_state)
+
+
+@pytest.fixture(scope="module")
+def align_step():
+    """`align_step(how, devices)`: the state and losses after a step of stage 1, the last three rows not real."""
+    encoder, model = tiny.encoder(), tiny.cf_model()
+    trained = {
+        "f_I": params.init(jax.random.key(0), alignment.describe(model.config.width, 6)),
+        "f_T": params.init(jax.random.key(1), alignment.describe(encoder.config.hidden_size, 6)),
+        "encoder": encoder.weights,
+    }
+    optimiser = optax.sgd(0.1)
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 17, 16)
+    batch = {
+        "tokens": random.integers(2, 280, (16, 16)).astype(np.int32),
+        "mask": np.arange(16)[None] < lengths[:, None],
+        "x_u": random.normal(size=(16, model.config.width)).astype(np.float32),
+        "positive": random.integers(1, tiny.N_ITEMS + 1, 16).astype(np.int32),
+        "negative": random.integers(1, tiny.N_ITEMS + 1, 16).astype(np.int32),
+        "real": np.arange(16) < 13,
+    }
+    weights = {"match": 1.0, "item": 0.5, "text": 0.2, "rec": 1.0}
+
+    def run(how: str, devices: int, **changes):
+        step = align.make_step(encoder.graph, optimiser, on(devices), weights=weights, how=how)
+        state = jax.tree.map(jnp.array, create(trained, optimiser))  # a copy: the step takes its buffers
+        return jax.device_get(step(state, {"E": model.E}, batch | changes, jax.random.key(3)))
+
+    run.batch = batch
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_device_align(align_step):
+    return align_step("shard_map", 1)
+
+
+@pytest.mark.parametrize(("how", "devices"), WAYS)
+def test_a_step_of_stage_1(align_step, one_device_align, how, devices):
+    assert_close(align_step(how, devices), one_device_align)
+
+
+def test_rows_that_fill_up_a_batch_of_stage_1_change_nothing(align_step, one_device_align):
+    changes = {name: align_step.batch[name].copy() for name in ("tokens", "x_u", "positive", "negative")}
+    for value in changes.values():
+        value[13:] = 7
+    jax.tree.map(np.testing.assert_array_equal, align_step("shard_map", 1, **changes), one_device_align)
+
+
+def test_every_batch_size_finds_devices_that_divide_it():
+    assert [len(mesh.data_devices(batch)) for batch in (1, 2, 4, 6, 7, 8, 12, 20, 32)] == [1, 2, 4, 6, 7, 8, 6, 5, 8]
+    assert mesh.data_devices(6, jax.devices()[2:6]) == jax.devices()[2:5]
+
+
+def test_meshes_that_the_devices_cannot_make_are_refused():
+    assert dict(mesh.make_mesh(2, 4).shape) == {"data": 2, "model": 4}
+    assert dict(mesh.make_mesh(model=2).shape) == {"data": 4, "model": 2}
+    assert dict(mesh.make_mesh(model=3).shape) == {"data": 2, "model": 3}
+    assert dict(mesh.make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "model": 1}
+    for arguments in ({"data": 3, "model": 3}, {"model": 9}, {"data": 0}, {"model": 0}, {"model": -1}):
+        with pytest.raises(UserError, match="devices"):
+            mesh.make_mesh(**arguments)
