@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Integer
 
 from allmrec_jax.errors import UserError
 
+Items = Sequence[int] | Integer[np.ndarray, "_"]
 PLACEHOLDER = 0  # token id that stands in a slot; its embedding is replaced
 
 
@@ -70,14 +72,16 @@ class PromptBuilder:
         self._pieces: dict[str, list[int]] = {}
         self._answers: dict[int, list[int]] = {}
 
-    def answers(self, items: Sequence[int]) -> list[list[int]]:
+    def answers(self, items: Items) -> list[list[int]]:
         """Tokens of `"Title"` and the end token for each item: a text of its own, without the tokenizer's BOS."""
         new = [item for item in dict.fromkeys(items) if item not in self._answers]
         for item, ids in zip(new, self.tokenizer([f'"{self.titles[item]}"' for item in new]), strict=True):
             self._answers[item] = [*ids, self.tokenizer.eos]
         return [self._answers[item] for item in items]
 
-    def prompts(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[Prompt]:
+    def prompts(
+        self, histories: Sequence[Items], candidates: Sequence[Items] | Integer[np.ndarray, "_ _"]
+    ) -> list[Prompt]:
         """One prompt a user. A prompt longer than the context loses its oldest history first.
 
         Raises:
@@ -90,7 +94,7 @@ class PromptBuilder:
         self._pieces.update(zip(new, self.tokenizer(new), strict=True))
         return [self._fit(h, c, plan) for h, c, plan in zip(histories, candidates, plans, strict=True)]
 
-    def _plan(self, history: Sequence[int], candidates: Sequence[int]) -> list[tuple[str, int | None]]:
+    def _plan(self, history: Items, candidates: Items) -> list[tuple[str, int | None]]:
         """Pieces of text, each with the item whose slot follows it (None: no slot)."""
         t = self.template
         before, rest = t.text.format(done=t.done, noun=t.noun, do=t.do, history="\0", candidates="{candidates}").split(
@@ -108,7 +112,7 @@ class PromptBuilder:
             text += following
         return [*plan, (text, None)]
 
-    def _fit(self, history: Sequence[int], candidates: Sequence[int], plan: list[tuple[str, int | None]]) -> Prompt:
+    def _fit(self, history: Items, candidates: Items, plan: list[tuple[str, int | None]]) -> Prompt:
         longest = max(len(answer) for answer in self.answers(candidates))
         while True:
             prompt = self._assemble(plan)
@@ -116,8 +120,8 @@ class PromptBuilder:
                 return prompt
             if not len(history):
                 raise UserError(
-                    f"a prompt of {len(prompt.tokens)} tokens and an answer of {longest} do not fit the LLM's context of "
-                    f"{self.context}; use fewer candidates or an LLM with a longer context"
+                    f"a prompt of {len(prompt.tokens)} tokens and an answer of {longest} do not fit the LLM's context "
+                    f"of {self.context}; use fewer candidates or an LLM with a longer context"
                 )
             history = history[1:]
             plan = self._plan(history, candidates)
@@ -146,13 +150,14 @@ def pack(
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[Sequence[int]]],
     *,
-    rows: Sequence[int],
+    rows: Items,
     batch: int | None = None,
     tier: int = 64,
 ) -> dict[str, np.ndarray]:
     """Token arrays of a batch, one prompt with all its answers a row.
 
-    Shapes are rounded up (time to `tier`, answers to 16, slots to 8, rows to `batch`), so that few programs are compiled.
+    Shapes are rounded up (time to `tier`, answers to 16, slots to 8, rows to `batch`), so that few programs are
+    compiled.
 
     Returns:
       tokens, branch (batch, time); slots, slot_items (batch, slot), a slot of `time` is dropped; user_slot (batch,);

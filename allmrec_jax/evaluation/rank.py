@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from allmrec_jax.data.prompts import PromptBuilder, pack
+from allmrec_jax.data.prompts import Items, PromptBuilder, pack
 from allmrec_jax.errors import UserError
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import progress, say
@@ -29,7 +29,7 @@ def make_ranker(
     candidates: int,
     normalise: bool = True,
     batch: int = 4,
-) -> Callable[[Sequence[Sequence[int]], np.ndarray, np.ndarray], np.ndarray]:
+) -> Callable[[Sequence[Items], np.ndarray, np.ndarray], np.ndarray]:
     """`(histories, candidates (users, c), x_u (users, d)) -> scores (users, c)` for at most `batch` users.
 
     `heads=None` ranks by the LLM alone (then `builder` must not inject).
@@ -37,7 +37,7 @@ def make_ranker(
     frozen, shardings = freeze(llm, np.zeros((batch, 1), np.float32), e, mesh)
     scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise)
 
-    def rank(histories: Sequence[Sequence[int]], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
+    def rank(histories: Sequence[Items], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
         n = len(lists)
         prompts = builder.prompts(histories, lists)
         answers = [builder.answers(row.tolist()) for row in lists]
@@ -51,7 +51,7 @@ def make_ranker(
 
 def score_users(
     ranker: Callable[..., np.ndarray],
-    histories: Sequence[Sequence[int]],
+    histories: Sequence[Items],
     candidates: Int[np.ndarray, "users candidates"],
     x_u: Float[np.ndarray, "users d"],
     *,
