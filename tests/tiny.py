@@ -1,9 +1,12 @@
 """Tiny data and models for the tests: real code, real formats, seconds instead of hours."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -79,23 +82,32 @@ def byte_tokenizer(*, bos: bool = False, merges: Sequence[tuple[str, str]] = MER
     return from_backend(backend, eos=1)
 
 
+@functools.cache
+def _weights(model: str) -> Any:
+    """On the host, drawn in one compiled program."""
+    describe = {
+        "llama": llama.describe(LLAMA),
+        "encoder": text_encoder.describe(ENCODER),
+        "cf": sasrec.describe(SASREC),
+    }
+    return jax.device_get(jax.jit(lambda key: params.init(key, describe[model]))(jax.random.key(7)))
+
+
 def frozen_llm(mesh: jax.sharding.Mesh | None = None, *, bos: bool = False) -> load.FrozenLLM:
     """A random Llama that reads `byte_tokenizer`."""
-    weights = params.init(jax.random.key(7), llama.describe(LLAMA))
-    return load.build(LLAMA, jax.device_get(weights), byte_tokenizer(bos=bos), mesh=mesh)
+    return load.build(LLAMA, _weights("llama"), byte_tokenizer(bos=bos), mesh=mesh)
 
 
 def encoder() -> text_encoder.LoadedEncoder:
     """A random sentence encoder over bytes, its texts between `<b>` and `<e>`."""
     backend = byte_tokenizer().backend
     backend.post_processor = processors.TemplateProcessing(single="<b> $A <e>", special_tokens=[("<b>", 0), ("<e>", 1)])
-    weights = params.init(jax.random.key(8), text_encoder.describe(ENCODER))
-    return text_encoder.build(ENCODER, weights, backend)
+    return text_encoder.build(ENCODER, jax.tree.map(jnp.asarray, _weights("encoder")), backend)
 
 
 def cf_model() -> CFModel:
     """An untrained SASRec."""
-    return CFModel(SASREC, params.init(jax.random.key(9), sasrec.describe(SASREC)))
+    return CFModel(SASREC, jax.tree.map(jnp.asarray, _weights("cf")))
 
 
 def joint_embeddings(width: int = 6) -> np.ndarray:

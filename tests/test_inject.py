@@ -1,0 +1,269 @@
+"""Stage 2: what is injected and nothing else, loss on the answer only, frozen weights frozen, sharded as whole."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import nnx
+
+from allmrec_jax.config import Injection
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
+from allmrec_jax.errors import UserError
+from allmrec_jax.models import projection
+from allmrec_jax.training import inject
+from allmrec_jax.training.mesh import make_mesh
+from allmrec_jax.training.state import create
+
+USERS = 4
+X_U = np.random.default_rng(0).normal(size=(USERS, 8)).astype(np.float32)
+E = tiny.joint_embeddings()
+TITLES = [None, *(f"Film {item}" for item in range(1, tiny.N_ITEMS + 1))]
+HISTORIES, CANDIDATES, TARGETS = [[1, 2], [3], [4, 5], []], [[6, 7], [8, 9], [10, 11], [12, 13]], [6, 9, 10, 13]
+
+
+def make_batch(llm, users: int = USERS, batch: int = USERS) -> dict[str, np.ndarray]:
+    builder = PromptBuilder(llm.tokenizer, TITLES, DOMAINS["movies"], context=512)
+    prompts = builder.prompts(HISTORIES[:users], CANDIDATES[:users])
+    answers = [[answer] for answer in builder.answers(TARGETS[:users])]
+    return pack(prompts, answers, rows=list(range(users)), batch=batch)
+
+
+def on_mesh(data: int, model: int, optimiser: optax.GradientTransformation, **options):
+    """(step, fresh state, frozen) of a tiny LLM on data x model devices."""
+    mesh = make_mesh(data, model)
+    llm = tiny.frozen_llm(mesh)
+    frozen, shardings = inject.freeze(llm, X_U, E, mesh)
+    embed = jnp.asarray(jax.device_get(llm.weights["weights"]["embed"]))
+    heads = inject.init_heads(jax.random.key(4), jnp.asarray(X_U), jnp.asarray(E[1:]), embed)
+    return inject.make_step(llm.graph, shardings, mesh, optimiser, **options), create(heads, optimiser), frozen
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return tiny.frozen_llm()
+
+
+@pytest.fixture(scope="module")
+def batch(llm):
+    return jax.tree.map(jnp.asarray, make_batch(llm))
+
+
+@pytest.fixture(scope="module")
+def sgd():
+    """(step on one device, start, frozen) with plain gradient descent, so that the update is the gradient."""
+    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0))
+    return lambda batch: jax.device_get(step(jax.tree.map(jnp.array, state), frozen, batch)), state, frozen
+
+
+@pytest.fixture(scope="module")
+def one_step(sgd, batch):
+    return sgd[0](batch)
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-6) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+# -------------------------------------------------------------------------------------------------------- injection
+
+
+def test_injected_positions_and_nothing_else_differ_from_the_plain_embeddings(llm, batch, sgd):
+    _, state, frozen = sgd
+    plain = nnx.merge(llm.graph, llm.weights).embed(batch["tokens"])
+    O_u = projection.F_U(state.params["F_U"], frozen["x_u"][batch["rows"]])
+    O_i = projection.F_I(state.params["F_I"], frozen["e"][batch["slot_items"]])
+    injected = np.asarray(inject.inject(plain, O_u, O_i, batch))
+    differs = (injected != np.asarray(plain)).any(-1)
+    expected = np.zeros(differs.shape, bool)
+    for row in range(USERS):
+        items = [*HISTORIES[row], *CANDIDATES[row]]
+        slots = np.asarray(batch["slots"][row, : len(items)])
+        expected[row, [0, *slots]] = True
+        np.testing.assert_array_equal(injected[row, 0], O_u[row])
+        np.testing.assert_allclose(
+            injected[row, slots], projection.F_I(state.params["F_I"], jnp.asarray(E[items])), rtol=1e-5, atol=1e-6
+        )
+    np.testing.assert_array_equal(differs, expected)
+
+
+def test_without_heads_the_prompt_stays_as_it_is(llm, batch, sgd):
+    _, _, frozen = sgd
+    read = jax.jit(lambda b: inject.answer_log_likelihood(llm.graph, None, frozen, b))
+    elsewhere = batch | {
+        "slots": batch["slots"] * 0 + 3,
+        "user_slot": batch["user_slot"] + 5,
+        "slot_items": batch["slots"],
+    }
+    np.testing.assert_array_equal(read(batch), read(elsewhere))
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(llm, batch, sgd, one_step):
+    """By hand: the whole sequence's logits, then the answer's tokens and the end token, mean over all of them."""
+    _, state, frozen = sgd
+
+    @jax.jit
+    def all_logits(batch):
+        model = nnx.merge(llm.graph, llm.weights)
+        O_u = projection.F_U(state.params["F_U"], frozen["x_u"][batch["rows"]])
+        O_i = projection.F_I(state.params["F_I"], frozen["e"][batch["slot_items"]])
+        return model.logits(model(inject.inject(model.embed(batch["tokens"]), O_u, O_i, batch), batch["branch"]))
+
+    log_p = np.asarray(jax.nn.log_softmax(all_logits(batch)), np.float64)
+    branch, tokens = np.asarray(batch["branch"]), np.asarray(batch["tokens"])
+    terms = []
+    for row in range(USERS):
+        answer = [*tokens[row, branch[row] == 1].tolist(), llm.tokenizer.eos]
+        assert llm.tokenizer.decode(answer[:-1]) == f'"Film {TARGETS[row]}"'
+        last = int((branch[row] == 0).sum()) - 1
+        terms += [log_p[row, last + k, token] for k, token in enumerate(answer)]
+    np.testing.assert_allclose(one_step[1]["loss"], -np.mean(terms), rtol=1e-5)
+
+
+def test_nothing_behind_the_answer_and_no_padding_moves_the_loss(llm, batch, sgd):
+    _, state, frozen = sgd
+    read = jax.jit(lambda b: inject.loss(state.params, llm.graph, frozen, b))
+    before = float(read(batch))
+    padding = batch["branch"] == -1
+    unused = batch["answer_weight"] == 0
+    other = batch | {
+        "tokens": jnp.where(padding, 77, batch["tokens"]),
+        "answer_token": jnp.where(unused, 78, batch["answer_token"]),
+        "answer_at": jnp.where(unused, 5, batch["answer_at"]),
+    }
+    assert float(read(other)) == before
+    first = batch | {"answer_token": batch["answer_token"].at[0, 1].set(99)}
+    assert float(read(first)) != before
+    prompt = batch | {"tokens": batch["tokens"].at[0, 1].set(99)}
+    assert float(read(prompt)) != before
+
+
+def test_rows_that_fill_up_a_batch_change_nothing(llm, sgd):
+    step, _, _ = sgd
+    state, metrics = step(make_batch(llm, users=2, batch=4))
+    expected_state, expected = step(make_batch(llm, users=2, batch=2))
+    assert_close(metrics, expected)
+    assert_close(state, expected_state)
+
+
+def test_recomputation_changes_no_gradient(batch, one_step):
+    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), remat=True)
+    assert_close(jax.device_get(step(state, frozen, batch)), one_step)
+
+
+def test_several_answers_are_scored_as_each_alone(llm, sgd):
+    """All candidates of a user in one forward pass, each a branch, as if each were the only continuation."""
+    _, state, frozen = sgd
+    mesh = make_mesh(1, 1)
+    _, shardings = inject.freeze(llm, X_U, E, mesh)
+    builder = PromptBuilder(llm.tokenizer, [*TITLES[:-1], "A longer title"], DOMAINS["movies"], context=512)
+    [prompt] = builder.prompts([[1, 2]], [[6, 40, 7]])
+    answers = builder.answers([6, 40, 7])
+
+    def score(normalise: bool, *answers: list[int]) -> np.ndarray:
+        scorer = inject.make_scorer(llm.graph, shardings, mesh, answers=len(answers), normalise=normalise)
+        return np.asarray(scorer(state.params, frozen, pack([prompt], [answers], rows=[1])))[0]
+
+    total = score(False, *answers)
+    np.testing.assert_allclose(total, [score(False, answer)[0] for answer in answers], rtol=1e-4)
+    lengths = [len(answer) for answer in answers]
+    assert len(set(lengths)) > 1
+    np.testing.assert_allclose(score(True, *answers), total / lengths, rtol=1e-5)
+    np.testing.assert_allclose(score(False, *answers[::-1]), total[::-1], rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- frozen and sharded
+
+
+def test_frozen_weights_are_untouched_and_the_optimiser_knows_the_heads_only(batch):
+    step, state, frozen = on_mesh(1, 1, optax.adam(1e-2))
+    before, start = jax.device_get(frozen), jax.device_get(state.params)
+    numbers = sum(x.size for x in jax.tree.leaves(start))
+    assert set(start) == {"F_U", "F_I"}
+    for _ in range(3):
+        state, _ = step(state, frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * numbers + 1  # two moments and a count
+    # All of both heads has moved, so nothing of the heads was frozen by mistake.
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, start)
+    assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 2), (1, 4)])
+def test_a_step_over_a_mesh_equals_one_device(batch, one_step, data, model):
+    step, state, frozen = on_mesh(data, model, optax.sgd(1.0))
+    sharded = {
+        name: leaf.sharding.shard_shape(leaf.shape)
+        for name, leaf in [
+            ("embed", frozen["llm"]["weights"]["embed"]),
+            ("q", frozen["llm"]["weights"]["layers"]["q"]),
+            ("k", frozen["llm"]["weights"]["layers"]["k"]),
+            ("down", frozen["llm"]["weights"]["layers"]["down"]),
+        ]
+    }
+    c = tiny.LLAMA
+    h, k = c.hidden_size, c.head_dim
+    kv = c.num_key_value_heads // model if c.num_key_value_heads % model == 0 else c.num_key_value_heads
+    assert sharded == {
+        "embed": (c.vocab_size // model, h),
+        "q": (c.num_hidden_layers, h, c.num_attention_heads // model, k),
+        "k": (c.num_hidden_layers, h, kv, k),
+        "down": (c.num_hidden_layers, c.intermediate_size // model, h),
+    }
+    state, metrics = step(state, frozen, batch)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    assert_close(jax.device_get((state, metrics)), one_step)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path):
+    data = tiny.dataset(tmp_path / "data")
+    with pytest.raises(UserError, match=r"llm\.batch 3 is not a multiple of the 2"):
+        inject.train_llm(
+            dataclasses.replace(tiny.STAGE_2, batch=3),
+            data,
+            tiny.cf_model(),
+            E,
+            tiny.frozen_llm(),
+            tmp_path,
+            seed=0,
+            mesh=make_mesh(2, 1),
+        )
+
+
+# -------------------------------------------------------------------------------------------------- learning rate
+
+
+def test_schedules():
+    def rates(steps: int, **options) -> np.ndarray:
+        schedule = inject.schedule(Injection(learning_rate=1.0, **options), steps)
+        return np.array([schedule(i) for i in range(steps + 1)])
+
+    np.testing.assert_allclose(rates(10), 1)
+    np.testing.assert_allclose(rates(10, warmup=4)[:5], [0, 0.25, 0.5, 0.75, 1])
+    decayed = rates(10, warmup=4, decay=True)
+    np.testing.assert_allclose(decayed[[4, 7, 10]], [1, 0.5, 0], atol=1e-6)
+    assert (np.diff(decayed[4:]) < 0).all()
+    assert np.isfinite(rates(2, warmup=5, decay=True)).all()
+
+
+def test_the_gradient_is_clipped_where_asked():
+    weights = {"a": jnp.zeros(3), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.full(3, 3.0), "b": jnp.full(1, 3.0)}  # norm 6
+    for clip, seen in ((None, 3.0), (12.0, 3.0), (2.0, 1.0)):
+        optimiser = inject.make_optimiser(Injection(clip=clip, learning_rate=1.0), 5)
+        _, state = optimiser.update(gradients, optimiser.init(weights), weights)
+        np.testing.assert_allclose(optax.tree.get(state, "mu")["b"], (1 - 0.9) * seen, rtol=1e-5)
+
+
+def test_matched_heads_write_among_the_token_embeddings(llm):
+    embed = jnp.asarray(llm.weights["weights"]["embed"])
+    heads = inject.init_heads(jax.random.key(0), jnp.asarray(X_U), jnp.asarray(E[1:]), embed, "matched")
+    O_i = np.asarray(projection.F_I(heads["F_I"], jnp.asarray(E[1:])))
+    np.testing.assert_allclose(O_i.mean(0), embed.mean(0), atol=1e-4)
+    np.testing.assert_allclose(O_i.std(0).mean() / np.asarray(embed).std(0).mean(), 1, rtol=0.3)
