@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ import orbax.checkpoint as ocp
 
 from allmrec_jax.errors import UserError
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # damage is reported in our own words
 
 Curves = dict[str, list[list[float]]]  # name -> [[step, value], ...]
+RECORD = "files.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,8 +59,8 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     try:
-        found = flatten(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        found = flatten(dict(json.loads(path.read_text())))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete {folder} to train this stage again") from error
     wanted = flatten(identity)
     for field in sorted(found.keys() | wanted.keys()):
@@ -68,6 +72,39 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
             )
 
 
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """`{relative path: [bytes, crc32]}` of every file in the folder but the record itself."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != RECORD:
+            size, checksum = 0, 0
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+            found[path.relative_to(folder).as_posix()] = [size, checksum]
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint according to its record; None if nothing is, or if there is no record.
+
+    Orbax itself takes flipped bits for weights, and reports a cut file with pages of internals.
+    """
+    try:
+        recorded = dict(json.loads((folder / RECORD).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        return f"{RECORD} is damaged"
+    found = checksums(folder)
+    for name, entry in recorded.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != entry:
+            return f"{name} was cut short or altered"
+    return None
+
+
 class Checkpoints:
     """Saves and restores the state of one stage. The newest are kept, and the best by `best_metric` if one is named."""
 
@@ -77,6 +114,15 @@ class Checkpoints:
         if best_metric is not None:
             policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=lambda m: m[best_metric], n=1))
         self._best_metric = best_metric
+        self._unrecorded: list[int] = []
+        self._damaged: dict[int, str] = {}  # step -> what is wrong with it
+        self._reported: set[int] = set()
+        for path in self.folder.glob("[0-9]*/metrics/metrics"):
+            try:
+                json.loads(path.read_text())
+            except (OSError, ValueError):  # it would stop Orbax from opening any of them
+                self._damaged[int(path.parts[-3])] = "its metrics are damaged"
+                shutil.rmtree(path.parent, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -87,19 +133,57 @@ class Checkpoints:
             item_names=("state", "meta"),
         )
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Saves after `step` steps, in the background. A step that is there already is left as it is."""
-        if step in self._manager.all_steps():
-            return
+    def _finish(self) -> None:
+        """Waits for the save under way and records what was written."""
         try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._cannot_save(error) from error
+        for step in self._unrecorded:
+            folder = self.folder / str(step)
+            if folder.is_dir() and jax.process_index() == 0:
+                write_json(folder / RECORD, checksums(folder))
+        self._unrecorded.clear()
+
+    def _cannot_save(self, error: OSError) -> UserError:
+        return UserError(f"cannot save to {self.folder}: {error.strerror or error}; earlier checkpoints are kept")
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Saves after `step` steps, in the background. A sound checkpoint of that step is left as it is.
+
+        Raises:
+          UserError: if it cannot be written (a full disk may show only when the next one is saved).
+        """
+        self._finish()
+        try:
+            if step in self._manager.all_steps():
+                if step not in self._damaged:
+                    return
+                self._manager.delete(step)
+                del self._damaged[step]
+                self._reported.discard(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
                 metrics=metrics,
             )
         except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"cannot save to {self.folder}: {why}; earlier checkpoints are kept") from error
+            raise self._cannot_save(error) from error
+        self._unrecorded.append(step)
+
+    def _steps(self, best: bool) -> list[int]:
+        """All steps, the newest (or the best) first."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if best and self._best_metric is not None:
+
+            def value(step: int) -> float:
+                try:
+                    return float((self._manager.metrics(step) or {}).get(self._best_metric, -math.inf))
+                except Exception:  # whatever damage makes Orbax raise
+                    return -math.inf
+
+            steps.sort(key=value, reverse=True)
+        return steps
 
     def restore(self, like: Any, *, best: bool = False, warn: Any = print) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest (or best) checkpoint that can be read; None if there is none.
@@ -109,24 +193,33 @@ class Checkpoints:
         Raises:
           UserError: if checkpoints are there but none can be read.
         """
-        self._manager.wait_until_finished()
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if best and self._manager.best_step() is not None:
-            steps.sort(key=lambda step: step != self._manager.best_step())
+        self._finish()
+        steps = self._steps(best)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        found = None
         for step in steps:
-            try:
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-                )
-                return step, restored["state"], restored["meta"]
-            except Exception as error:
-                reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-                warn(f"checkpoint {self.folder / str(step)} cannot be read ({reason}); trying an earlier one")
-        if steps:
+            reason = self._damaged.get(step) or damage(self.folder / str(step))
+            if reason is None:
+                try:
+                    restored = self._manager.restore(
+                        step,
+                        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+                    )
+                    found = step, restored["state"], restored["meta"]
+                    break
+                except Exception as error:
+                    reason = str(error).strip().partition("\n")[0][:160] or type(error).__name__
+            self._damaged[step] = reason
+        for step in sorted(self._damaged.keys() - self._reported, reverse=True):
+            warn(f"checkpoint {self.folder / str(step)} cannot be read ({self._damaged[step]}); using another one")
+            self._reported.add(step)
+        if steps and found is None:
             raise UserError(f"no checkpoint in {self.folder} can be read; delete {self.folder.parent} to train again")
-        return None
+        return found
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save under way."""
+        try:
+            self._finish()
+        finally:
+            self._manager.close()
