@@ -43,8 +43,8 @@ def match(
 ) -> Any:
     """The same head, its first and last layers rescaled to what it reads and to where it writes.
 
-    Afterwards the first layer sees `inputs` standardised, and over `inputs` the outputs have the mean of the LLM's token
-    embeddings and their root mean square distance from it. Only initial values change, so the head is still the paper's.
+    Afterwards the first layer sees `inputs` standardised, and over `inputs` the outputs have the mean of the LLM's
+    token embeddings and their root mean square distance from it. Only initial values change: it is the paper's head.
     Random heads on e, which hardly differs from item to item, give nearly the same O_i for every item, several times
     longer than a token embedding.
     """
@@ -52,7 +52,7 @@ def match(
     kernel = params["dense1"]["kernel"] / std[:, None]
     dense1 = {"kernel": kernel, "bias": params["dense1"]["bias"] - mean @ kernel}
     params = params | {"dense1": dense1}
-    O, centre = head(params, inputs), jnp.mean(tokens, axis=0)  # noqa: E741
+    O, centre = head(params, inputs), jnp.mean(tokens, axis=0)
     middle = jnp.mean(O, axis=0)
 
     def spread(x: jax.Array, about: jax.Array) -> jax.Array:

@@ -226,7 +226,9 @@ def load_encoder(folder: Path) -> LoadedEncoder:
     return build(config, weights, backend)
 
 
-def tokenize(backend: Any, texts: list[str], max_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    backend: Any, texts: list[str], max_seq_length: int
+) -> tuple[Int[np.ndarray, "texts longest"], Int[np.ndarray, " texts"]]:
     """Ids (texts, longest) int32 padded with 0, and lengths, of the stripped texts with [CLS] and [SEP]."""
     backend.enable_truncation(max_seq_length)
     ids = [encoding.ids for encoding in backend.encode_batch([text.strip() for text in texts])]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Float, Int
 from rich.console import Console
 
 from allmrec_jax.config import Alignment
@@ -37,8 +38,8 @@ class Aligned:
     `e` and `q` are (n_items + 1, d'); row 0 is padding. `parameters` holds f_I, f_T and encoder.
     """
 
-    e: np.ndarray
-    q: np.ndarray
+    e: Float[np.ndarray, "items joint"]
+    q: Float[np.ndarray, "items joint"]
     parameters: Any
 
 
@@ -122,9 +123,9 @@ def train_align(
     devices: Sequence[Any] | None = None,
     console: Console | None = None,
 ) -> tuple[Aligned, Curves]:
-    """Trains (or goes on with) stage 1 in `folder`: the last (history, next, random negative) of each user's training items.
+    """Trains (or goes on with) stage 1 in `folder`, on the last (history, next, random negative) of each user.
 
-    Users with a single training item are left out (paper).
+    Of the training items only; users with a single one are left out (paper).
     """
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_I, init_T, order_key, negative_key, dropout_key = jax.random.split(key, 5)
@@ -137,7 +138,12 @@ def train_align(
     frozen = {"E": cf.E}
     (trained if config.train_encoder else frozen)["encoder"] = encoder.weights
     # No L_match gradient reaches the encoder where the encoder is frozen; f_I and f_T are trained in any case.
-    weights = {"match": float(config.match), "item": config.alpha, "text": config.beta, "rec": float(config.recommendation)}
+    weights = {
+        "match": float(config.match),
+        "item": config.alpha,
+        "text": config.beta,
+        "rec": float(config.recommendation),
+    }
     optimiser = make_optimiser(config)
     state = create(trained, optimiser)
     step = make_step(
@@ -167,7 +173,8 @@ def train_align(
         return orders[epoch]
 
     def one_step(state: State, i: int):
-        chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order_of(i // per_epoch)))
+        order = order_of(i // per_epoch)
+        chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order))
         positive = positives[chosen]
         time = _tier(int(lengths[positive].max()))
         text = np.zeros((config.batch, time), np.int32)
@@ -207,9 +214,13 @@ def train_align(
 
 
 def encode_items(
-    encoder: LoadedEncoder, weights: Any, tokens: np.ndarray, lengths: np.ndarray, batch: int = 64
-) -> np.ndarray:
-    """Q of every text (texts, text width), without dropout, sorted by length so that little is padding."""
+    encoder: LoadedEncoder,
+    weights: Any,
+    tokens: Int[np.ndarray, "texts longest"],
+    lengths: Int[np.ndarray, " texts"],
+    batch: int = 64,
+) -> Float[np.ndarray, "texts h"]:
+    """Q of every text, without dropout, sorted by length so that little is padding."""
     forward = jax.jit(lambda w, t, m: nnx.merge(encoder.graph, w)(t, m))
     out = np.zeros((len(tokens), encoder.config.hidden_size), np.float32)
     order = np.argsort(lengths, kind="stable")
