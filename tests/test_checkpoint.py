@@ -72,6 +72,14 @@ def test_a_state_given_away_after_saving_is_saved_as_it_was(tmp_path):
     np.testing.assert_array_equal(found["w"], np.arange(2.0**21))
 
 
+def test_curves_that_grow_after_saving_are_saved_as_they_were(tmp_path):
+    checkpoints, meta = Checkpoints(tmp_path), {"curves": {"loss": [[k, 0.5] for k in range(20_000)]}}
+    checkpoints.save(1, state(1), meta)
+    meta["curves"]["loss"].append([20_000, 0.25])
+    checkpoints.close()
+    assert len(restored(tmp_path)[0][2]["curves"]["loss"]) == 20_000
+
+
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "killed before it was recorded"])
 @pytest.mark.parametrize("damage", ["truncated", "a file gone", "the arrays gone", "emptied"])
 def test_a_damaged_checkpoint_is_reported_and_the_earlier_one_used(tmp_path, damage, recorded):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -155,6 +156,7 @@ class Checkpoints:
           UserError: if it cannot be written (a full disk may show only when the next one is saved).
         """
         self._finish()
+        meta = copy.deepcopy(meta)  # it is written in the background, while the loop goes on appending to its curves
         try:
             if step in self._manager.all_steps():
                 if step not in self._damaged:
