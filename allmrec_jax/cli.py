@@ -103,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         "\nFetches data and weights, trains the three stages, evaluates, and writes metrics.json and report.html.\n"
         "Interrupted, it goes on from where it was; finished, it shows its results again.",
     )
-    demo.add_argument("--full", action="store_true", help="train on and test all users (at most 100 minutes on 2 cores)")
+    demo.add_argument(
+        "--full", action="store_true", help="train on and test all users (at most 100 minutes on 2 cores)"
+    )
     demo.add_argument("--workdir", type=Path, help="where everything is kept (default runs/demo or runs/demo-full)")
 
     data = command("data", "List, prepare and describe data sets.").add_subparsers(
@@ -138,9 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("stage", choices=("cf", "align", "llm"))
     with_config(train)
-    run = command(
-        "run", "All stages and the evaluation; picks up where it stopped.", overrides
-    )
+    run = command("run", "All stages and the evaluation; picks up where it stopped.", overrides)
     with_config(run)
 
     evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
@@ -166,7 +166,9 @@ def opened(workdir: Path) -> Experiment:
     """The experiment that a work directory was made with."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"{workdir} is not a work directory (no config.json); make one with `allmrec run` or `allmrec demo`")
+        raise UserError(
+            f"{workdir} is not a work directory (no config.json); make one with `allmrec run` or `allmrec demo`"
+        )
     try:
         return from_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:

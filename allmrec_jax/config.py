@@ -91,6 +91,13 @@ class Injection:
     """Last items named in the prompt."""
     candidates: int = 20
     """Candidates in the prompt: the target and random items that the user has not."""
+    title_weight: float = 1.0
+    """Factor of the paper's loss: cross-entropy of the target title's tokens."""
+    choice_weight: float = 0.0
+    """Factor of the choice loss (0 in the paper): cross-entropy of the target among the prompt's candidates, a softmax
+    over `sharpness` times the mean log-likelihood of each title. It trains what ranking by likelihood asks for."""
+    sharpness: float = 4.0
+    """Of the choice loss's softmax."""
     init: Literal["paper", "matched"] = "paper"
     """How F_U and F_I start: at random (paper), or matched to what they read and to the LLM's own token embeddings:
     inputs standardised, O_u and O_i with the mean and the spread of the tokens."""
@@ -180,10 +187,7 @@ def from_dict(tree: dict[str, Any]) -> Experiment:
     return check(build(Experiment, tree, ""))
 
 
-AT_LEAST_ONE = (
-    "cf.width cf.blocks cf.heads cf.maxlen cf.batch cf.epochs cf.evaluate_every align.joint align.batch align.epochs "
-    "align.save_every llm.history llm.batch llm.save_every evaluation.batch evaluation.resamples devices.model"
-).split()
+AT_LEAST_ONE = ["cf.width", "cf.blocks", "cf.heads", "cf.maxlen", "cf.batch", "cf.epochs", "cf.evaluate_every", "align.joint", "align.batch", "align.epochs", "align.save_every", "llm.history", "llm.batch", "llm.save_every", "evaluation.batch", "evaluation.resamples", "devices.model"]
 
 
 def check(experiment: Experiment) -> Experiment:
@@ -199,10 +203,16 @@ def check(experiment: Experiment) -> Experiment:
         for f in dataclasses.fields(getattr(experiment, part.name))
     }
     rules = [(name, values[name] >= 1, "at least 1") for name in AT_LEAST_ONE]
-    rules += [(name, value > 0, "above 0") for name, value in values.items() if "learning_rate" in name and value is not None]
+    rules += [
+        (name, value > 0, "above 0") for name, value in values.items() if "learning_rate" in name and value is not None
+    ]
     rules += [
         ("cf.dropout", 0 <= values["cf.dropout"] < 1, "in [0, 1)"),
-        ("cf.heads", values["cf.width"] % max(1, values["cf.heads"]) == 0, f"a divisor of cf.width {values['cf.width']}"),
+        (
+            "cf.heads",
+            values["cf.width"] % max(1, values["cf.heads"]) == 0,
+            f"a divisor of cf.width {values['cf.width']}",
+        ),
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
         ("llm.epochs", values["llm.epochs"] > 0, "above 0"),
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),

@@ -1,12 +1,12 @@
 """One experiment in one work directory: each stage is trained, or picked up where it stopped, when it is needed.
 
-    <workdir>/data/         the prepared data set (unless the config names one)
-    <workdir>/cf/           stage 0   checkpoints, logs, the config it was made with
-    <workdir>/align/        stage 1
-    <workdir>/llm/          stage 2
-    <workdir>/evaluation/   candidate scores of each model
-    <workdir>/config.json   the resolved experiment
-    <workdir>/metrics.json, report.html
+<workdir>/data/         the prepared data set (unless the config names one)
+<workdir>/cf/           stage 0   checkpoints, logs, the config it was made with
+<workdir>/align/        stage 1
+<workdir>/llm/          stage 2
+<workdir>/evaluation/   candidate scores of each model
+<workdir>/config.json   the resolved experiment
+<workdir>/metrics.json, report.html
 """
 
 from __future__ import annotations

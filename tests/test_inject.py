@@ -128,7 +128,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(llm, batch, sgd, on
 
 def test_nothing_behind_the_answer_and_no_padding_moves_the_loss(llm, batch, sgd):
     _, state, frozen = sgd
-    read = jax.jit(lambda b: inject.loss(state.params, llm.graph, frozen, b))
+    read = jax.jit(lambda b: inject.losses(state.params, llm.graph, frozen, b, Injection())[0])
     before = float(read(batch))
     padding = batch["branch"] == -1
     unused = batch["answer_weight"] == 0
@@ -153,7 +153,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(llm, sgd):
 
 
 def test_recomputation_changes_no_gradient(batch, one_step):
-    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), remat=True)
+    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), config=Injection(remat=True))
     assert_close(jax.device_get(step(state, frozen, batch)), one_step)
 
 
@@ -176,6 +176,31 @@ def test_several_answers_are_scored_as_each_alone(llm, sgd):
     assert len(set(lengths)) > 1
     np.testing.assert_allclose(score(True, *answers), total / lengths, rtol=1e-5)
     np.testing.assert_allclose(score(False, *answers[::-1]), total[::-1], rtol=1e-4)
+
+
+def test_the_choice_loss_is_the_cross_entropy_of_the_ranking_and_training_on_it_lowers_it(llm):
+    config = Injection(candidates=2, choice_weight=1.0, title_weight=0.0, sharpness=4.0)
+    step, state, frozen = on_mesh(1, 1, optax.adam(1e-2), config=config)
+    scorer = inject.make_scorer(
+        llm.graph, inject.freeze(llm, X_U, E, make_mesh(1, 1))[1], make_mesh(1, 1), answers=2, normalise=True
+    )
+    builder = PromptBuilder(llm.tokenizer, TITLES, DOMAINS["movies"], context=512)
+    prompts, answers = builder.prompts(HISTORIES, CANDIDATES), [builder.answers(row) for row in CANDIDATES]
+    column = [row.index(target) for row, target in zip(CANDIDATES, TARGETS, strict=True)]
+    batch = jax.tree.map(jnp.asarray, pack(prompts, answers, rows=list(range(USERS)), targets=column))
+
+    def expected() -> float:
+        scores = 4.0 * np.asarray(scorer(state.params, frozen, batch), np.float64)
+        return -np.mean([row[c] - np.log(np.exp(row).sum()) for row, c in zip(scores, column, strict=True)])
+
+    first = expected()
+    for k in range(30):
+        before = expected() if k in (0, 29) else None
+        state, terms = step(state, frozen, batch)
+        if before is not None:
+            np.testing.assert_allclose(terms["choice"], before, rtol=1e-4)
+            np.testing.assert_allclose(terms["loss"], before, rtol=1e-4)
+    assert expected() < first
 
 
 # ----------------------------------------------------------------------------------------------- frozen and sharded

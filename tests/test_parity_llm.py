@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import tiny  # noqa: E402
 from parity import assert_trees_close, gradients_of, load, randomised, weights_of  # noqa: E402
 
+from allmrec_jax.config import Injection  # noqa: E402
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack  # noqa: E402
 from allmrec_jax.evaluation.rank import make_ranker  # noqa: E402
 from allmrec_jax.models import projection  # noqa: E402
@@ -145,7 +146,7 @@ def test_stage_2_loss_and_gradients_are_equal(stage_2):
     llm, heads, baseline, _, _, _, x_u, e = stage_2
     prompts, answers, packed = _batch(stage_2)
     frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
-    value, gradients = jax.jit(jax.value_and_grad(lambda h, f, b: inject.loss(h, llm.graph, f, b)))(
+    value, gradients = jax.jit(jax.value_and_grad(lambda h, f, b: inject.losses(h, llm.graph, f, b, Injection())[0]))(
         heads, frozen, packed
     )
     baseline.zero_grad()

@@ -89,16 +89,19 @@ def describe(dataset: Dataset):
 
 def sources_table():
     """The known data sets and weights, for the terminal: what, on which terms, where from, and whether already here."""
+    from rich.markup import escape
     from rich.table import Table
 
     from allmrec_jax.data import sources
 
-    table = Table(title="Known sources", title_justify="left", show_lines=True)
-    for head in ("name", "what", "terms", "where from, in this order"):
-        table.add_column(head, overflow="fold")
+    table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
     for source in sources.KNOWN.values():
-        places = ["the local cache" + (" (it is there)" if sources.is_cached(source.name) else "")]
-        places += [place.label for place in source.places]
-        where = source.manual if source.manual else "\n".join(places)
-        table.add_row(source.name, f"{source.kind}: {source.title}\n{source.home}", source.terms, where)
+        if source.manual:
+            where = f"by hand: {source.manual}"
+        else:
+            cached = "the local cache (it is there)" if sources.is_cached(source.name) else "the local cache"
+            where = "from " + ", else ".join([cached, *(place.label for place in source.places)])
+        table.add_row(source.name, escape(f"{source.title}\n{source.home}\n{source.terms}\n{where}"))
     return table

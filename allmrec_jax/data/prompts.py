@@ -151,8 +151,9 @@ def pack(
     answers: Sequence[Sequence[Sequence[int]]],
     *,
     rows: Items,
+    targets: Items | None = None,
     batch: int | None = None,
-    tier: int = 64,
+    tier: int = 32,
 ) -> dict[str, np.ndarray]:
     """Token arrays of a batch, one prompt with all its answers a row.
 
@@ -161,7 +162,7 @@ def pack(
 
     Returns:
       tokens, branch (batch, time); slots, slot_items (batch, slot), a slot of `time` is dropped; user_slot (batch,);
-      rows (batch,), the row of x_u; answer_at, answer_token, answer_of (batch, answer): position that predicts, token
+      rows (batch,), the row of x_u; target (batch,), the number of the answer that is the target; answer_at, answer_token, answer_of (batch, answer): position that predicts, token
       predicted, and number of the answer it belongs to; answer_weight (batch, answer), 0 for padding.
     """
     size = batch or len(prompts)
@@ -177,6 +178,7 @@ def pack(
         "slot_items": np.zeros((size, n_slots), np.int32),
         "user_slot": np.full((size,), time, np.int32),
         "rows": np.zeros((size,), np.int32),
+        "target": np.zeros((size,), np.int32),
         "answer_at": np.zeros((size, n_answers), np.int32),
         "answer_token": np.zeros((size, n_answers), np.int32),
         "answer_of": np.zeros((size, n_answers), np.int32),
@@ -188,6 +190,7 @@ def pack(
         out["slots"][b, : len(prompt.slots)] = prompt.slots
         out["slot_items"][b, : len(prompt.slots)] = prompt.slot_items
         out["rows"][b] = rows[b]
+        out["target"][b] = 0 if targets is None else targets[b]
         if prompt.user_slot is not None:
             out["user_slot"][b] = prompt.user_slot
         at, filled = n, 0

@@ -148,12 +148,8 @@ def show(results: dict[str, Any], console: Console, workdir: Path) -> None:
     for name, scenario in results["scenarios"].items():
         n = scenario["cf"]["hit@1"]["n"]
         title = f"{name}: {n} users, {about['candidates']} candidates each, 95 % bootstrap intervals"
-        console.print(
-            report.metrics_table(scenario, ORDER, about=about, candidates=about["candidates"], title=title)
-        )
-        console.print(
-            report.differences_table(results["differences"][name], about=about, title="Paired differences")
-        )
+        console.print(report.metrics_table(scenario, ORDER, about=about, candidates=about["candidates"], title=title))
+        console.print(report.differences_table(results["differences"][name], about=about, title="Paired differences"))
     console.print(report.examples_table(results["examples"], ORDER, about=about))
     console.print(results["conclusion"])
     console.print(f"\nWritten: {workdir / 'metrics.json'} and {workdir / 'report.html'}")

@@ -53,7 +53,12 @@ def find_items(dataset: Dataset, titles: Sequence[str]) -> list[int]:
 
 
 def recommend(
-    pipeline: Pipeline, *, user: str | None = None, titles: Sequence[str] | None = None, k: int = 5, candidates: int = 20
+    pipeline: Pipeline,
+    *,
+    user: str | None = None,
+    titles: Sequence[str] | None = None,
+    k: int = 5,
+    candidates: int = 20,
 ) -> dict[str, Any]:
     """The `k` best of the CF model's top `candidates`, by the mean of the CF model's and A-LLMRec's ranks.
 

@@ -25,6 +25,7 @@ from allmrec_jax.training import loop, mesh
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create, update
 
+Anywhere = Array | np.ndarray  # functions that take host and device arrays alike
 SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages share random bits
 
 
@@ -49,9 +50,9 @@ class CFModel:
             out.append(np.asarray(_represent(self.params, self.config, padded))[: len(part)])
         return np.concatenate(out) if out else np.zeros((0, self.config.width), np.float32)
 
-    def scores(self, x_u: np.ndarray, candidates: Int[np.ndarray, "users candidates"]) -> np.ndarray:
+    def scores(self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"]) -> np.ndarray:
         """x_u . E_i for each candidate."""
-        return np.asarray(_score(self.params["E"], x_u, candidates))
+        return np.asarray(_score(self.params["E"], x_u, jnp.asarray(candidates)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -159,9 +160,7 @@ def train_cf(
     console: Console | None = None,
 ) -> tuple[CFModel, Curves]:
     """Trains (or goes on with) stage 0 in `folder` and returns the selected model and its curves."""
-    c = sasrec.SASRecConfig(
-        dataset.n_items, config.width, config.blocks, config.heads, config.maxlen, config.dropout
-    )
+    c = sasrec.SASRecConfig(dataset.n_items, config.width, config.blocks, config.heads, config.maxlen, config.dropout)
     if config.width % config.heads:
         raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)

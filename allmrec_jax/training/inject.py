@@ -7,7 +7,6 @@ are replicated; XLA places the collectives. Only the heads are differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +46,8 @@ def inject(
 ) -> Float[Array, "batch time h"]:
     """`embeddings` with O_u at `user_slot` and O_i at `slots`; slots at or beyond `time` are dropped.
 
-        tokens   [ .  is  a  ... "T1"  .  ,"T2"  .  ...]
-        result   [O_u is  a  ... "T1" O_1 ,"T2" O_2 ...]
+    tokens   [ .  is  a  ... "T1"  .  ,"T2"  .  ...]
+    result   [O_u is  a  ... "T1" O_1 ,"T2" O_2 ...]
     """
     put = jax.vmap(lambda x, at, values: x.at[at].set(values.astype(x.dtype), mode="drop"))
     return put(put(embeddings, batch["slots"], O_i), batch["user_slot"][:, None], O_u[:, None])
@@ -74,25 +73,49 @@ def answer_log_likelihood(
     return (chosen - jax.nn.logsumexp(logits, axis=-1)) * batch["answer_weight"]
 
 
-def loss(heads: Any, graph: Any, frozen: Any, batch: Batch, *, remat: bool = False) -> Float[Array, ""]:
-    """Cross-entropy of the target's tokens, mean over all target tokens of the batch together."""
-    total = -jnp.sum(answer_log_likelihood(graph, heads, frozen, batch, remat=remat))
-    return total / jnp.maximum(jnp.sum(batch["answer_weight"]), 1)
+def answer_means(tokens: Float[Array, "batch answer"], batch: Batch, answers: int) -> Float[Array, "batch answers"]:
+    """Mean log-likelihood of each answer's tokens, 0 for an answer that is not there."""
+    one_hot = jax.nn.one_hot(batch["answer_of"], answers) * batch["answer_weight"][..., None]
+    return jnp.einsum("ba,bac->bc", tokens, one_hot) / jnp.maximum(one_hot.sum(1), 1)
+
+
+def losses(
+    heads: Any, graph: Any, frozen: Any, batch: Batch, config: Injection
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted loss and its terms.
+
+    L_title   cross-entropy of the target's tokens, mean over all target tokens of the batch together (paper)
+    L_choice  cross-entropy of the target in a softmax over `sharpness` times the candidates' mean log-likelihoods;
+              only where `choice_weight` is not 0 (then the batch holds all candidates as answers)
+    """
+    tokens = answer_log_likelihood(graph, heads, frozen, batch, remat=config.remat)
+    own = batch["answer_weight"] * (batch["answer_of"] == batch["target"][:, None])
+    terms = {"title": -jnp.sum(tokens * own) / jnp.maximum(jnp.sum(own), 1)}
+    total = config.title_weight * terms["title"]
+    if config.choice_weight:
+        scores = jax.nn.log_softmax(config.sharpness * answer_means(tokens, batch, config.candidates), axis=-1)
+        real = jnp.max(batch["answer_weight"], axis=1)
+        chosen = jnp.take_along_axis(scores, batch["target"][:, None], axis=1)[:, 0]
+        terms["choice"] = -jnp.sum(chosen * real) / jnp.maximum(jnp.sum(real), 1)
+        total = total + config.choice_weight * terms["choice"]
+    return total, terms | {"loss": total}
 
 
 def make_step(
-    graph: Any, frozen_shardings: Any, mesh: Mesh, optimiser: optax.GradientTransformation, *, remat: bool = False
+    graph: Any,
+    frozen_shardings: Any,
+    mesh: Mesh,
+    optimiser: optax.GradientTransformation,
+    config: Injection = Injection(),  # noqa: B008, frozen
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """The jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
     whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        value, gradients = jax.value_and_grad(partial(loss, remat=remat))(state.params, graph, frozen, batch)
-        return update(state, gradients, optimiser), {"loss": value}
+        (_, terms), gradients = jax.value_and_grad(losses, has_aux=True)(state.params, graph, frozen, batch, config)
+        return update(state, gradients, optimiser), terms
 
-    return jax.jit(
-        step, in_shardings=(whole, frozen_shardings, cut), out_shardings=(whole, whole), donate_argnums=(0,)
-    )
+    return jax.jit(step, in_shardings=(whole, frozen_shardings, cut), out_shardings=(whole, whole), donate_argnums=(0,))
 
 
 def make_scorer(
@@ -105,10 +128,11 @@ def make_scorer(
     whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def scores(heads: Any, frozen: Any, batch: Batch) -> jax.Array:
-        tokens = answer_log_likelihood(graph, heads, frozen, batch)
+        means = answer_means(answer_log_likelihood(graph, heads, frozen, batch), batch, answers)
+        if normalise:
+            return means
         one_hot = jax.nn.one_hot(batch["answer_of"], answers) * batch["answer_weight"][..., None]
-        totals = jnp.einsum("ba,bac->bc", tokens, one_hot)
-        return totals / jnp.maximum(one_hot.sum(1), 1) if normalise else totals
+        return means * one_hot.sum(1)
 
     return jax.jit(scores, in_shardings=(whole, frozen_shardings, cut), out_shardings=cut)
 
@@ -117,7 +141,9 @@ def schedule(config: Injection, steps: int) -> optax.Schedule:
     """The learning rate of each step: linear warm-up, then constant or a cosine down to 0."""
     peak, warmup = config.learning_rate, min(config.warmup, steps)
     after = optax.cosine_decay_schedule(peak, max(1, steps - warmup)) if config.decay else optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup]) if warmup else after
+    )
 
 
 def make_optimiser(config: Injection, steps: int) -> optax.GradientTransformation:
@@ -192,19 +218,23 @@ def train_llm(
     heads = init_heads(init_key, jnp.asarray(x_u), jnp.asarray(e[1:]), table, config.init)
     state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
     frozen, shardings = freeze(llm, x_u, e, mesh)
-    step = make_step(llm.graph, shardings, mesh, optimiser, remat=config.remat)
+    step = make_step(llm.graph, shardings, mesh, optimiser, config)
     epoch_order = jax.jit(lambda epoch: batches.epoch_order(order_key, epoch, len(users)))
 
     def one_step(state: State, i: int) -> tuple[State, dict[str, jax.Array]]:
         order = np.asarray(epoch_order(i // per_epoch))
         chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order))
         chosen = chosen[real]
-        candidates, _ = draw_candidates(
+        candidates, column = draw_candidates(
             candidate_key, i, np.arange(len(chosen)), users[chosen], targets[chosen], seen, config.candidates
         )
         prompts = builder.prompts([row[row != 0] for row in histories[chosen]], candidates)
-        answers = [[answer] for answer in builder.answers(targets[chosen].tolist())]
-        return step(state, frozen, pack(prompts, answers, rows=chosen, batch=config.batch))
+        if config.choice_weight:
+            answers = [builder.answers(row.tolist()) for row in candidates]
+        else:
+            answers, column = [[answer] for answer in builder.answers(targets[chosen].tolist())], None
+        packed = pack(prompts, answers, rows=chosen, targets=column, batch=config.batch)
+        return step(state, frozen, packed)
 
     checkpoints = Checkpoints(folder)
     try:

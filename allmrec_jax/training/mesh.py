@@ -68,7 +68,9 @@ def map_over_data(
             function, mesh=mesh, in_specs=specs, out_specs=P(DATA) if batched_outputs else P(), check_vma=False
         )
         placed = tuple(NamedSharding(mesh, spec) for spec in specs)
-        return jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
+        jitted = jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
+        # Placed before the first call too, so that the second one does not compile again.
+        return lambda *arguments: jitted(*map(jax.device_put, arguments, placed))
     if how != "pmap":
         raise UserError(f"--map {how} is unknown; choose shard_map or pmap")
     mapped = jax.pmap(

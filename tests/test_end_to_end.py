@@ -1,0 +1,246 @@
+"""The true path through every command, on the demo's own config shrunk to tiny models: files in, figures and page out."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+
+from allmrec_jax import cli
+from allmrec_jax.data import sources
+from allmrec_jax.models import params, text_encoder
+from allmrec_jax.models.llm import llama
+from allmrec_jax.training import loop
+
+MODELS = {"popularity", "cf", "llm-only", "a-llmrec", "fused"}
+
+
+def write_movielens(folder: Path) -> Path:
+    """40 users of 8 to 15 ratings on 60 films, in MovieLens 100K's own format."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    rows = []
+    for user in range(1, 41):
+        films = random.permutation(60)[: random.integers(8, 16)] + 1
+        rows += [f"{user}\t{film}\t{random.integers(1, 6)}\t{880000000 + 60 * k + user}" for k, film in enumerate(films)]
+    (folder / "u.data").write_text("\n".join(rows) + "\n")
+    flags = ["|".join(map(str, random.integers(0, 2, 19))) for _ in range(60)]
+    items = [f"{i}|Film {i} ({1900 + i})|01-Jan-1995||http://example.org/{i}|{flags[i - 1]}" for i in range(1, 61)]
+    (folder / "u.item").write_text("\n".join(items) + "\n", encoding="latin-1")
+    return folder
+
+
+def write_llm(folder: Path) -> Path:
+    """A tiny Llama with random weights, as the Hugging Face hub lays one out."""
+    import jax
+
+    c = tiny.LLAMA
+    folder.mkdir(parents=True)
+    description = llama.describe(c)
+    save_file(params.to_torch(description, params.init(jax.random.key(3), description)), folder / "model.safetensors")
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings"]
+    raw = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 1} | {name: getattr(c, name) for name in names}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tiny.byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_encoder(folder: Path) -> Path:
+    """A tiny BERT with random weights, as sentence-transformers lays one out."""
+    import jax
+
+    c = tiny.ENCODER
+    (folder / "1_Pooling").mkdir(parents=True)
+    description = text_encoder.describe(c)
+    save_file(params.to_torch(description, params.init(jax.random.key(4), description)), folder / "model.safetensors")
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"]
+    raw = {"model_type": "bert", "hidden_dropout_prob": 0.1} | {name: getattr(c, name) for name in names}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "modules.json").write_text(json.dumps([{"type": "Transformer"}, {"type": "Pooling"}]))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": c.max_seq_length}))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    tiny.byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """`run`'s arguments: the demo's config, tiny inputs."""
+    root = tmp_path_factory.mktemp("inputs")
+    small = {
+        "data.name": write_movielens(root / "raw"),
+        "align.encoder": write_encoder(root / "encoder"),
+        "llm.llm": write_llm(root / "llm"),
+        "cf.width": 8,
+        "cf.maxlen": 10,
+        "cf.batch": 16,
+        "cf.epochs": 4,
+        "cf.evaluate-every": 2,
+        "align.joint": 6,
+        "align.batch": 16,
+        "align.epochs": 2,
+        "align.save-every": 1,
+        "llm.history": 3,
+        "llm.candidates": 4,
+        "llm.batch": 8,
+        "llm.epochs": 1.0,
+        "llm.save-every": 2,
+        "evaluation.users": 12,
+        "evaluation.candidates": 5,
+        "evaluation.batch": 8,
+        "evaluation.resamples": 200,
+    }
+    return ["run", "--config", "demo", *(str(a) for name, value in small.items() for a in (f"--{name}", value))]
+
+
+@pytest.fixture(scope="module")
+def done(inputs, tmp_path_factory) -> Path:
+    """A work directory after one uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    assert cli.main([*inputs, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def figures(workdir: Path) -> dict:
+    """What a run found, without its dates and durations."""
+    found = json.loads((workdir / "metrics.json").read_text())
+    return {key: found[key] for key in ("scenarios", "differences", "examples", "curves", "conclusion")}
+
+
+def test_every_stage_leaves_a_checkpoint_and_the_evaluation_its_files(done):
+    for stage in ("cf", "align", "llm"):
+        assert any((done / stage / "checkpoints").glob("[0-9]*")), stage
+        assert any((done / stage / "logs").glob("events*")), stage
+    results = json.loads((done / "metrics.json").read_text())
+    overall = results["scenarios"]["overall"]
+    assert set(overall) == MODELS
+    for model, metrics in overall.items():
+        assert {"hit@1", "hit@5", "ndcg@5", "mrr"} <= set(metrics), model
+        for figure in metrics.values():
+            assert figure["n"] == 12 and 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert set(results["differences"]["overall"]["a-llmrec"]) == {"llm-only", "cf", "popularity"}
+    assert len(results["examples"]) == 5
+    assert set(results["examples"][0]["choices"]) == MODELS
+    assert all(curve for stage in results["curves"].values() for curve in stage.values())
+    page = (done / "report.html").read_text()
+    assert "A-LLMRec" in page and not re.search(r'(?:src|href)="?https?:', page)
+
+
+def test_no_weight_of_the_frozen_models_is_in_stage_2s_checkpoint(done):
+    newest = max((done / "llm" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    names = json.loads((newest / "state" / "_METADATA").read_text())["tree_metadata"]
+    assert any("F_U" in name for name in names) and any("F_I" in name for name in names)
+    assert not [name for name in names if "embed" in name or "layers" in name]
+
+
+def test_run_again_reads_its_results_and_trains_nothing(done, inputs, monkeypatch, capsys):
+    def never(*_, **__):
+        raise AssertionError("a finished run must not train")
+
+    monkeypatch.setattr(loop, "run", never)
+    before = (done / "metrics.json").read_bytes()
+    assert cli.main([*inputs, "--workdir", str(done)]) == 0
+    assert "SASRec" in capsys.readouterr().out
+    assert (done / "metrics.json").read_bytes() == before
+    assert cli.main(["evaluate", "--workdir", str(done)]) == 0
+
+
+@pytest.mark.parametrize("fail_at", ["stage 0", "stage 1", "stage 2"])
+def test_an_interrupted_run_goes_on_to_the_same_figures(fail_at, done, inputs, tmp_path, monkeypatch):
+    original = loop.run
+
+    def interrupted(step, state, **options):
+        def stopping(state, i):
+            if options["label"].startswith(fail_at) and i == options["steps"] - 1:
+                raise KeyboardInterrupt
+            return step(state, i)
+
+        return original(stopping, state, **options)
+
+    monkeypatch.setattr(loop, "run", interrupted)
+    assert cli.main([*inputs, "--workdir", str(tmp_path / "work")]) == 130
+    assert not (tmp_path / "work" / "metrics.json").exists()
+    monkeypatch.setattr(loop, "run", original)
+    assert cli.main([*inputs, "--workdir", str(tmp_path / "work")]) == 0
+    assert figures(tmp_path / "work") == figures(done)
+
+
+def test_an_interrupted_evaluation_goes_on(done, inputs, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(done, work)
+    (work / "metrics.json").unlink()
+    scores = np.load(work / "evaluation" / "overall.a-llmrec.npy")
+    scores[8:] = np.nan
+    np.save(work / "evaluation" / "overall.a-llmrec.npy", scores)
+    assert cli.main([*inputs, "--workdir", str(work)]) == 0
+    assert figures(work) == figures(done)
+
+
+def test_another_config_in_the_same_work_directory_is_refused(done, inputs, capsys):
+    assert cli.main([*inputs, "--workdir", str(done), "--llm.learning-rate", "0.5"]) == 1
+    said = capsys.readouterr().err
+    assert "llm.learning_rate" in said and "--workdir" in said and said.count("\n") == 1
+    assert json.loads((done / "config.json").read_text())["llm"]["learning_rate"] != 0.5
+
+
+@pytest.mark.parametrize("who", [["--user", "7"], ["--history", "Film 3", "film 4", "Film 12"]])
+def test_recommend_names_new_items(done, who, capsys):
+    assert cli.main(["recommend", "--workdir", str(done), *who, "-k", "3", "--candidates", "6", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    titles = [row["title"] for row in answer["recommendations"]]
+    assert len(titles) == len(set(titles)) == 3
+    assert not set(titles) & set(answer["history"])
+    assert cli.main(["recommend", "--workdir", str(done), *who, "-k", "3", "--candidates", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert all(title in shown for title in titles)
+
+
+MISTAKES = {
+    "unknown data set": (["data", "prepare", "ml-100", "--out", "x"], "ml-100k"),
+    "not a prepared data set": (["data", "describe", "nowhere"], "nowhere"),
+    "unknown config": (["run", "--config", "demoo", "--workdir", "x"], "demo, ml100k"),
+    "unknown field": (["run", "--config", "demo", "--workdir", "x", "--cf.epohs", "3"], "--cf.epochs"),
+    "value of another type": (["run", "--config", "demo", "--workdir", "x", "--cf.epochs", "many"], "many"),
+    "value out of range": (["run", "--config", "demo", "--workdir", "x", "--cf.dropout", "1.5"], "cf.dropout"),
+    "not a work directory": (["evaluate", "--workdir", "nowhere"], "nowhere"),
+    "unknown argument": (["demo", "--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_line_and_status_1(mistake, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, hint = MISTAKES[mistake]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1 and said.startswith("allmrec: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_user_and_title_say_what_there_is(done, capsys):
+    assert cli.main(["recommend", "--workdir", str(done), "--user", "nobody"]) == 1
+    assert "no user 'nobody'" in capsys.readouterr().err
+    assert cli.main(["recommend", "--workdir", str(done), "--history", "Film"]) == 1
+    assert "several" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "allmrec demo" in capsys.readouterr().out
+    assert cli.main(["train", "--config", "demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "stage 1" in shown and "--cf.epochs" in shown
+
+
+def test_data_commands(inputs, tmp_path, capsys):
+    raw = inputs[inputs.index("--data.name") + 1]
+    assert cli.main(["data", "prepare", raw, "--out", str(tmp_path / "data"), "--strip-years"]) == 0
+    assert cli.main(["data", "describe", str(tmp_path / "data")]) == 0
+    assert "40" in capsys.readouterr().out
+    assert cli.main(["data", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in sources.KNOWN)
