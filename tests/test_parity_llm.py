@@ -188,6 +188,33 @@ def test_one_step_of_stage_2_is_equal(stage_2, shape):
         load(module, projection.describe(width, llm.width), heads[name])
 
 
+def test_the_choice_loss_and_its_gradients_are_equal(stage_2):
+    """All candidates of a user as branches of one row, against a row for each candidate."""
+    llm, heads, baseline, builder, histories, candidates, x_u, e = stage_2
+    config = Injection(candidates=CANDIDATES, title_weight=0.5, choice_weight=2.0, sharpness=3.0)
+    targets = np.array([1, 4, 0, 2])
+    prompts = builder.prompts(histories, candidates)
+    answers = [builder.answers(row.tolist()) for row in candidates]
+    packed = pack(prompts, answers, rows=range(USERS), targets=targets)
+    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
+    gradient = jax.value_and_grad(lambda h, f, b: inject.losses(h, llm.graph, f, b, config), has_aux=True)
+    (value, terms), gradients = jax.jit(gradient)(heads, frozen, packed)
+
+    baseline.zero_grad()
+    tensors = torch.tensor(x_u), torch.tensor(e)
+    title = baseline(prompts, [own[target] for own, target in zip(answers, targets, strict=True)], *tensors)
+    choice = baseline.choice_loss(prompts, answers, torch.tensor(targets), *tensors, sharpness=config.sharpness)
+    expected = config.title_weight * title + config.choice_weight * choice
+    expected.backward()
+    np.testing.assert_allclose(terms["title"], title.item(), rtol=1e-5)
+    np.testing.assert_allclose(terms["choice"], choice.item(), rtol=1e-5)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    assert_trees_close(gradients["F_U"], gradients_of(baseline.log_proj, projection.describe(D, llm.width)), atol=1e-5)
+    assert_trees_close(
+        gradients["F_I"], gradients_of(baseline.item_proj, projection.describe(JOINT, llm.width)), atol=1e-5
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- branches
 
 
@@ -201,7 +228,7 @@ def test_candidates_in_one_pass_score_as_each_alone_in_pytorch(stage_2, normalis
     prompts = builder.prompts(histories, candidates)
     for column in range(CANDIDATES):
         answers = builder.answers(candidates[:, column].tolist())
-        expected = baseline.log_likelihoods(prompts, answers, torch.tensor(x_u), torch.tensor(e)).numpy()
+        expected = baseline.log_likelihoods(prompts, answers, torch.tensor(x_u), torch.tensor(e)).detach().numpy()
         if normalise:
             expected = expected / [len(answer) for answer in answers]
         np.testing.assert_allclose(ours[:, column], expected, rtol=1e-4)
@@ -218,7 +245,7 @@ def test_the_llm_alone_scores_as_in_pytorch(stage_2):
     prompts = builder.prompts(histories, candidates)
     for column in range(CANDIDATES):
         answers = builder.answers(candidates[:, column].tolist())
-        expected = baseline.log_likelihoods(prompts, answers, torch.tensor(x_u), torch.tensor(e)).numpy()
+        expected = baseline.log_likelihoods(prompts, answers, torch.tensor(x_u), torch.tensor(e)).detach().numpy()
         np.testing.assert_allclose(ours[:, column], expected, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,7 +77,6 @@ class Injector(nn.Module):
         logits, labels = self.logits(prompts, answers, x_u, e)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
-    @torch.no_grad()
     def log_likelihoods(
         self,
         prompts: Sequence[Prompt],
@@ -89,3 +88,24 @@ class Injector(nn.Module):
         logits, labels = self.logits(prompts, answers, x_u, e)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return -losses.sum(1)
+
+    def choice_loss(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Sequence[Sequence[int]]],
+        targets: Int[Tensor, " users"],
+        x_u: Float[Tensor, "users d"],
+        e: Float[Tensor, "items joint"],
+        *,
+        sharpness: float,
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of each user's target in a softmax over `sharpness` times the mean log-likelihoods.
+
+        `candidates` holds the answer of each candidate of each user; the prompt is read anew for each.
+        """
+        count = len(candidates[0])
+        answers = [answer for own in candidates for answer in own]
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        totals = self.log_likelihoods(repeated, answers, x_u.repeat_interleave(count, dim=0), e)
+        means = totals / torch.tensor([len(answer) for answer in answers])
+        return F.cross_entropy(sharpness * means.reshape(-1, count), targets)
