@@ -1,5 +1,7 @@
 """The index functions: who is in a batch, and which negatives they get."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from allmrec_jax.data import batches
 from allmrec_jax.data.batches import (
+    draw_distinct,
     draw_negatives,
     draw_users,
     epoch_order,
@@ -74,6 +77,49 @@ def test_negatives_never_hit_what_the_user_has():
     drawn = np.asarray(draw_negatives(jax.random.key(4), 5, 500, np.arange(1, 501), _seen(sets, 40), 60))
     for has, row in zip(sets, drawn.tolist(), strict=True):
         assert set(row) <= set(range(1, 41)) - set(has)
+
+
+def test_distinct_draws_are_uniform_over_every_ordered_choice():
+    """All 5 * 4 * 3 ordered choices of 3 of the 5 items that the user lacks come equally often, and nothing else."""
+    rows, sets = 12_000, [[2, 3, 6], [4]]
+    drawn = np.asarray(draw_distinct(jax.random.key(2), 0, rows, np.ones(rows, int), _seen(sets, 8), 3))
+    choices, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert {tuple(choice) for choice in choices.tolist()} == set(itertools.permutations([1, 4, 5, 7, 8], 3))
+    assert abs(_chi_square(counts)) < 5
+
+
+def test_distinct_draws_take_everything_that_is_left():
+    sets = [[2, 3, 6], [1, 2, 3, 4, 5], []]
+    drawn = np.asarray(draw_distinct(jax.random.key(2), 0, 3, np.array([1, 1, 3]), _seen(sets, 8), 5))
+    assert [sorted(row) for row in drawn[:2].tolist()] == [[1, 4, 5, 7, 8]] * 2
+    assert len(set(drawn[2].tolist())) == 5
+    only = np.asarray(draw_distinct(jax.random.key(2), 0, 1, np.array([2]), _seen(sets, 8), 3))
+    assert sorted(only[0].tolist()) == [6, 7, 8]
+
+
+def test_distinct_draws_of_many_users_hit_neither_their_items_nor_each_other():
+    random = np.random.default_rng(0)
+    sets = [sorted(random.choice(np.arange(1, 41), random.integers(0, 21), replace=False).tolist()) for _ in range(300)]
+    seen, users = _seen(sets, 40), np.arange(1, 301)
+    drawn = np.asarray(draw_distinct(jax.random.key(4), 5, 300, users, seen, 19))
+    for has, row in zip(sets, drawn.tolist(), strict=True):
+        assert len(set(row)) == 19
+        assert set(row) <= set(range(1, 41)) - set(has)
+    part = np.asarray(draw_distinct(jax.random.key(4), 5, np.arange(100, 150), users[100:150], seen, 19))
+    np.testing.assert_array_equal(part, drawn[100:150])
+    other = np.asarray(draw_distinct(jax.random.key(4), 6, 300, users, seen, 19))
+    assert (other != drawn).any(1).mean() > 0.99
+
+
+def test_distinct_draws_reach_both_ends_of_a_large_catalogue():
+    n_items = 100_003
+    seen = _seen([[1, 50_000, n_items]], n_items)
+    drawn = np.asarray(draw_distinct(jax.random.key(0), 0, 4000, np.ones(4000, int), seen, 19))
+    assert drawn.min() >= 2
+    assert drawn.max() <= n_items - 1
+    assert abs(_chi_square(np.histogram(drawn, bins=100, range=(1, n_items + 1))[0])) < 5
+    for column in (0, 18):
+        assert abs(_chi_square(np.histogram(drawn[:, column], bins=20, range=(1, n_items + 1))[0])) < 5
 
 
 def test_a_process_computes_its_own_rows():

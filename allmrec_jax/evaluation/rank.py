@@ -69,7 +69,8 @@ def score_users(
     scores = np.full(candidates.shape, np.nan, np.float32)
     if saved.is_file():
         try:
-            found = np.load(saved)
+            with open(saved, "rb") as file:
+                found = np.load(file)
             if found.shape == scores.shape:
                 scores = found
         except Exception:  # whatever a damaged header makes NumPy raise
