@@ -29,12 +29,12 @@ def _draw(key, step, rows, users, targets, seen: Seen, count: int):
 def draw_candidates(
     key: Key[Array, ""],
     step: int,
-    rows: Int[np.ndarray, rows],
-    users: Int[np.ndarray, rows],
-    targets: Int[np.ndarray, rows],
+    rows: Int[np.ndarray, " rows"],
+    users: Int[np.ndarray, " rows"],
+    targets: Int[np.ndarray, " rows"],
     seen: Seen,
     count: int,
-) -> tuple[Int[np.ndarray, "rows count"], Int[np.ndarray, rows]]:
+) -> tuple[Int[np.ndarray, "rows count"], Int[np.ndarray, " rows"]]:
     """(candidates, column of the target), a function of (key, step, global row, user).
 
     The other `count - 1` items are distinct and uniform over those not in `seen`; `seen` must hold the targets too.
