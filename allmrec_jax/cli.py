@@ -12,6 +12,7 @@ import difflib
 import glob
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
@@ -281,6 +282,6 @@ def _teach(argv: list[str]) -> int:
     """`--help` of a command that takes config fields: its own help, then every field with its value."""
     with contextlib.suppress(SystemExit):
         build_parser().parse_args([argv[0], "--help"])
-    config = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
+    config = next((after for before, after in itertools.pairwise(argv) if before == "--config"), None)
     fields_help(load_config(config) if config else Experiment(), f"allmrec {argv[0]}")
     return 0

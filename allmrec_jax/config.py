@@ -187,7 +187,25 @@ def from_dict(tree: dict[str, Any]) -> Experiment:
     return check(build(Experiment, tree, ""))
 
 
-AT_LEAST_ONE = ["cf.width", "cf.blocks", "cf.heads", "cf.maxlen", "cf.batch", "cf.epochs", "cf.evaluate_every", "align.joint", "align.batch", "align.epochs", "align.save_every", "llm.history", "llm.batch", "llm.save_every", "evaluation.batch", "evaluation.resamples", "devices.model"]
+AT_LEAST_ONE = [
+    "cf.width",
+    "cf.blocks",
+    "cf.heads",
+    "cf.maxlen",
+    "cf.batch",
+    "cf.epochs",
+    "cf.evaluate_every",
+    "align.joint",
+    "align.batch",
+    "align.epochs",
+    "align.save_every",
+    "llm.history",
+    "llm.batch",
+    "llm.save_every",
+    "evaluation.batch",
+    "evaluation.resamples",
+    "devices.model",
+]
 
 
 def check(experiment: Experiment) -> Experiment:

@@ -162,8 +162,9 @@ def pack(
 
     Returns:
       tokens, branch (batch, time); slots, slot_items (batch, slot), a slot of `time` is dropped; user_slot (batch,);
-      rows (batch,), the row of x_u; target (batch,), the number of the answer that is the target; answer_at, answer_token, answer_of (batch, answer): position that predicts, token
-      predicted, and number of the answer it belongs to; answer_weight (batch, answer), 0 for padding.
+      rows (batch,), the row of x_u; target (batch,), the number of the answer that is the target; answer_at,
+      answer_token, answer_of (batch, answer): position that predicts, token predicted, and number of the answer it
+      belongs to; answer_weight (batch, answer), 0 for padding.
     """
     size = batch or len(prompts)
     length = [len(p.tokens) + sum(len(a) - 1 for a in many) for p, many in zip(prompts, answers, strict=True)]

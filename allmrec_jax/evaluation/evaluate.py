@@ -201,8 +201,8 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
             f"\n\nThe heads F_U and F_I saw {shown} of {eligible} users once, through an LLM of "
             f"{parameters(pipeline) / 1e6:,.0f}M parameters. So short a training shows whether the injected embeddings "
             "carry anything that titles do not; it does not show what the method can reach. `make demo-full` trains on "
-            "every user, more than once, and tests on all of them, which mainly narrows the intervals; the paper trains "
-            "for 5 epochs on tens of thousands of users through OPT-6.7B, some fifty times this LLM."
+            "every user and tests on all of them, which mainly narrows the intervals; the paper trains for 5 epochs on "
+            "9,930 to 297,498 users through OPT-6.7B, fifty times this LLM."
         )
     return text
 

@@ -1,7 +1,7 @@
 """Stage 2: F_U and F_I learn to inject user and item embeddings into the prompt of the frozen LLM.
 
-`jit` with `NamedSharding` over a mesh (data, model): the batch is cut over `data`, the LLM's weights over `model`, the heads
-are replicated; XLA places the collectives. Only the heads are differentiated.
+`jit` with `NamedSharding` over a mesh (data, model): the batch is cut over `data`, the LLM's weights over `model`, the
+heads are replicated; XLA places the collectives. Only the heads are differentiated.
 """
 
 from __future__ import annotations
