@@ -14,8 +14,6 @@ def config() -> Experiment:
         data=Data(name="ml-100k", strip_years=True),
         cf=CF(epochs=330),
         align=Alignment(epochs=7, learning_rate=1e-3, encoder_learning_rate=1e-4),
-        llm=Injection(
-            domain="movies", init="matched", learning_rate=1e-3, epochs=0.4, warmup=10, decay=True
-        ),
+        llm=Injection(domain="movies", init="matched", learning_rate=1e-3, epochs=0.4, warmup=10, decay=True),
         evaluation=Evaluation(users=100),
     )

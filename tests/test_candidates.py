@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from allmrec_jax.data.batches import seen_items
+from allmrec_jax.data.candidates import draw_candidates
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.candidates import draw_candidates
 
 KEY = jax.random.key(0)
 N_ITEMS, USERS, COUNT = 60, 300, 20

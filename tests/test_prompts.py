@@ -136,7 +136,7 @@ def test_pack_by_hand():
     short = Prompt([0, 5, 6, 0, 7], [3], [2], 0)
     longer = Prompt([9, 8, 0, 0, 4, 3], [2, 3], [6, 1], None)
     answers = [[[20, 21, 1], [30, 1]], [[40, 41, 42, 1]]]
-    out = pack([short, longer], answers, rows=[7, 3], batch=3, tier=12)
+    out = pack([short, longer], answers, rows=[7, 3], targets=[1, 0], batch=3, tier=12)
     _ = -1
     assert out["tokens"].tolist() == [
         [0, 5, 6, 0, 7, 20, 21, 30, 0, 0, 0, 0],
@@ -153,6 +153,7 @@ def test_pack_by_hand():
     assert out["slot_items"].tolist() == [[2] + [0] * 7, [6, 1] + [0] * 6, [0] * 8]
     assert out["user_slot"].tolist() == [0, nowhere, nowhere]
     assert out["rows"].tolist() == [7, 3, 0]
+    assert out["target"].tolist() == [1, 0, 0]
     # The prompt's last token predicts each answer's first token; a branch's last token predicts the end token.
     assert out["answer_at"][:, :5].tolist() == [[4, 5, 6, 4, 7], [5, 6, 7, 8, 0], [0] * 5]
     assert out["answer_token"][:, :5].tolist() == [[20, 21, 1, 30, 1], [40, 41, 42, 1, 0], [0] * 5]
@@ -169,7 +170,7 @@ def test_packed_shapes_come_in_few_sizes():
     shapes = set()
     for history in ([], [1], [1, 2], [3, 2, 1]):
         prompts = builder.prompts([history], [CANDIDATES])
-        out = pack(prompts, [builder.answers(CANDIDATES)], rows=[0], batch=4)
+        out = pack(prompts, [builder.answers(CANDIDATES)], rows=[0], batch=4, tier=64)
         shapes.add(out["tokens"].shape)
         assert out["tokens"].shape[1] % 64 == 0
     assert len(shapes) <= 2

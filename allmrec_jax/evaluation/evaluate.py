@@ -17,9 +17,9 @@ from rich.console import Console
 
 from allmrec_jax.config import as_dict
 from allmrec_jax.data import batches
+from allmrec_jax.data.candidates import draw_candidates
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import metrics, report
-from allmrec_jax.evaluation.candidates import draw_candidates
 from allmrec_jax.evaluation.rank import score_users
 from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training.checkpoint import claim_folder

@@ -22,10 +22,10 @@ from rich.console import Console
 
 from allmrec_jax.config import Injection
 from allmrec_jax.data import batches
+from allmrec_jax.data.candidates import draw_candidates
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.candidates import draw_candidates
 from allmrec_jax.models import params, projection
 from allmrec_jax.models.llm import llama
 from allmrec_jax.models.llm.load import FrozenLLM
