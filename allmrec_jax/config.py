@@ -98,9 +98,10 @@ class Injection:
     over `sharpness` times the mean log-likelihood of each title. It trains what ranking by likelihood asks for."""
     sharpness: float = 4.0
     """Of the choice loss's softmax."""
-    init: Literal["paper", "matched"] = "paper"
-    """How F_U and F_I start: at random (paper), or matched to what they read and to the LLM's own token embeddings:
-    inputs standardised, O_u and O_i with the mean and the spread of the tokens."""
+    init: Literal["paper", "matched", "held"] = "paper"
+    """How F_U and F_I start, and whether they may drift: at random (paper); `matched`: inputs standardised, O_u and O_i
+    with the mean and the spread of the LLM's token embeddings; `held`: kept so at every step, and folded into the
+    heads' last layers at the end."""
     batch: int = 4
     epochs: float = 5.0
     """Passes over the users; a fraction trains on that share of them."""

@@ -292,3 +292,19 @@ def test_matched_heads_write_among_the_token_embeddings(llm):
     O_i = np.asarray(projection.F_I(heads["F_I"], jnp.asarray(E[1:])))
     np.testing.assert_allclose(O_i.mean(0), embed.mean(0), atol=1e-4)
     np.testing.assert_allclose(O_i.std(0).mean() / np.asarray(embed).std(0).mean(), 1, rtol=0.3)
+
+
+def test_held_heads_neither_move_nor_stretch_however_hard_they_are_pushed(llm, batch):
+    config = Injection(init="held")
+    step, state, frozen = on_mesh(1, 1, optax.adam(0.3), config=config)
+    for _ in range(3):
+        state, terms = step(state, frozen, batch)
+    assert np.isfinite(terms["loss"])
+    statistics = frozen["tokens"]
+    free = projection.F_I(state.params["F_I"], jnp.asarray(E[1:]))
+    assert float(jnp.std(free)) > 3 * float(statistics["spread"])  # the raw weights did run away
+    heads = inject.settle(state.params, jnp.asarray(X_U), jnp.asarray(E[1:]), statistics)
+    for outputs in (projection.F_I(heads["F_I"], jnp.asarray(E[1:])), projection.F_U(heads["F_U"], jnp.asarray(X_U))):
+        centred = outputs - statistics["mean"][None]
+        np.testing.assert_allclose(outputs.mean(0), statistics["mean"], atol=1e-5)
+        np.testing.assert_allclose(jnp.sqrt(jnp.mean(centred**2)), statistics["spread"], rtol=1e-3)

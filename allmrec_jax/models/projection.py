@@ -35,33 +35,42 @@ def describe(width: int, h: int) -> dict[str, Any]:
     }
 
 
-def match(
-    head: Callable[[Any, jax.Array], jax.Array],
-    params: Any,
-    inputs: Float[Array, "n width"],
-    tokens: Float[Array, "vocab h"],
-) -> Any:
-    """The same head, its first and last layers rescaled to what it reads and to where it writes.
+def standardise(params: Any, inputs: Float[Array, "n width"]) -> Any:
+    """The same head with a first layer that sees `inputs` standardised.
 
-    Afterwards the first layer sees `inputs` standardised, and over `inputs` the outputs have the mean of the LLM's
-    token embeddings and their root mean square distance from it. Only initial values change: it is the paper's head.
-    Random heads on e, which hardly differs from item to item, give nearly the same O_i for every item, several times
-    longer than a token embedding.
+    e hardly differs from item to item: random heads on it give nearly the same O_i for every item.
     """
     mean, std = jnp.mean(inputs, axis=0), jnp.std(inputs, axis=0) + 1e-6
     kernel = params["dense1"]["kernel"] / std[:, None]
-    dense1 = {"kernel": kernel, "bias": params["dense1"]["bias"] - mean @ kernel}
-    params = params | {"dense1": dense1}
-    O, centre = head(params, inputs), jnp.mean(tokens, axis=0)
-    middle = jnp.mean(O, axis=0)
+    return params | {"dense1": {"kernel": kernel, "bias": params["dense1"]["bias"] - mean @ kernel}}
 
-    def spread(x: jax.Array, about: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.mean((x - about[None]) ** 2))
 
-    scale = spread(tokens, centre) / (spread(O, middle) + 1e-6)
-    last = params["dense2"]
-    dense2 = {"kernel": last["kernel"] * scale, "bias": centre - scale * (middle - last["bias"])}
-    return params | {"dense2": dense2}
+def token_statistics(tokens: Float[Array, "vocab h"]) -> dict[str, jax.Array]:
+    """Mean (h,) of the LLM's token embeddings and their root mean square distance from it, a scalar."""
+    tokens = tokens.astype(jnp.float32)
+    mean = jnp.mean(tokens, axis=0)
+    return {"mean": mean, "spread": jnp.sqrt(jnp.mean((tokens - mean[None]) ** 2))}
+
+
+def settle(
+    head: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    inputs: Float[Array, "n width"],
+    statistics: dict[str, jax.Array],
+) -> Any:
+    """The same head with a last layer whose outputs over `inputs` have the mean and the spread of the token embeddings.
+
+        O -> mean + spread (O - mean_n O) / rms_n(O - mean_n O), folded into W2 and b2
+
+    Differentiable: applied at every step it takes out of the gradient what moves or stretches all outputs together.
+    Left to itself, Adam stretches O to ten times the length of a token embedding within a few hundred steps, and what
+    the LLM adds to so long a vector no longer matters.
+    """
+    O = head(params, inputs)
+    middle, last = jnp.mean(O, axis=0), params["dense2"]
+    scale = statistics["spread"] / jnp.sqrt(jnp.mean((O - middle[None]) ** 2) + 1e-12)
+    bias = statistics["mean"] - scale * (middle - last["bias"])
+    return params | {"dense2": {"kernel": last["kernel"] * scale, "bias": bias}}
 
 
 def _head(params: Any, x: Float[Array, "*batch width"], activation: Any) -> Float[Array, "*batch h"]:

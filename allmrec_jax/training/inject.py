@@ -88,6 +88,8 @@ def losses(
     L_choice  cross-entropy of the target in a softmax over `sharpness` times the candidates' mean log-likelihoods;
               only where `choice_weight` is not 0 (then the batch holds all candidates as answers)
     """
+    if config.init == "held":
+        heads = settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
     tokens = answer_log_likelihood(graph, heads, frozen, batch, remat=config.remat)
     own = batch["answer_weight"] * (batch["answer_of"] == batch["target"][:, None])
     terms = {"title": -jnp.sum(tokens * own) / jnp.maximum(jnp.sum(own), 1)}
@@ -157,27 +159,41 @@ def init_heads(
     x_u: Float[Array, "users d"],
     e: Float[Array, "items joint"],
     tokens: Float[Array, "vocab h"],
-    init: Literal["paper", "matched"] = "paper",
+    init: Literal["paper", "matched", "held"] = "paper",
 ) -> dict[str, Any]:
-    """Fresh F_U and F_I; `matched` as `projection.match` does it, on the users and items of training."""
+    """Fresh F_U and F_I; unless `paper`, standardised and settled on the users and items of training."""
     key_u, key_i = jax.random.split(key)
     F_U = params.init(key_u, projection.describe(x_u.shape[1], tokens.shape[1]))
     F_I = params.init(key_i, projection.describe(e.shape[1], tokens.shape[1]))
-    if init == "matched":
-        tokens = tokens.astype(jnp.float32)
-        F_U = projection.match(projection.F_U, F_U, x_u, tokens)
-        F_I = projection.match(projection.F_I, F_I, e, tokens)
-    return {"F_U": F_U, "F_I": F_I}
+    heads = {"F_U": F_U, "F_I": F_I}
+    if init == "paper":
+        return heads
+    heads = {"F_U": projection.standardise(F_U, x_u), "F_I": projection.standardise(F_I, e)}
+    return settle(heads, x_u, e, projection.token_statistics(tokens))
+
+
+def settle(heads: dict[str, Any], x_u: jax.Array, e: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Both heads settled among the token embeddings (`projection.settle`), on at most 2,048 users and items."""
+
+    def some(table: jax.Array) -> jax.Array:
+        return table[:: max(1, len(table) // 2048)][:2048]
+
+    return {
+        "F_U": projection.settle(projection.F_U, heads["F_U"], some(x_u), statistics),
+        "F_I": projection.settle(projection.F_I, heads["F_I"], some(e), statistics),
+    }
 
 
 def freeze(llm: FrozenLLM, x_u: np.ndarray, e: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
     """(frozen, its shardings): the LLM's weights by their logical axes, x_u and e replicated."""
     whole = NamedSharding(mesh, P())
-    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
+    statistics = projection.token_statistics(llm.weights["weights"]["embed"])
+    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e), "tokens": statistics}
     shardings = {
         "llm": {"weights": params.shardings(llama.describe(llm.config), mesh)},
         "x_u": whole,
         "e": whole,
+        "tokens": {"mean": whole, "spread": whole},
     }
     return jax.device_put(frozen, shardings), shardings
 
@@ -253,4 +269,7 @@ def train_llm(
         )
     finally:
         checkpoints.close()
-    return state.params, curves
+    heads = state.params
+    if config.init == "held":
+        heads = settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
+    return heads, curves
