@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,9 @@ def run_recommend(arguments: argparse.Namespace) -> None:
 
 
 def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
+    workdir = getattr(arguments, "workdir", None)
+    if workdir is not None and re.match(r"^[a-z0-9]+:/", str(workdir)):
+        raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if arguments.command not in ("train", "run") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
@@ -273,6 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(f"allmrec: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except SystemExit as stop:  # argparse: --help is 0, a mistake in the arguments is the user's
         return 0 if stop.code in (0, None) else 1
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -221,7 +222,32 @@ def check(experiment: Experiment) -> Experiment:
         if dataclasses.is_dataclass(getattr(experiment, part.name))
         for f in dataclasses.fields(getattr(experiment, part.name))
     }
+    values["seed"] = experiment.seed
+    for part in dataclasses.fields(experiment):
+        section = getattr(experiment, part.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        for name, hint in typing.get_type_hints(type(section)).items():
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if choices and getattr(section, name) not in choices:
+                raise UserError(f"{part.name}.{name} is {getattr(section, name)!r}; choose {', '.join(choices)}")
+    try:
+        rules = _rules(values)
+        experiment.align.text.format(title="", description="")
+    except TypeError as error:
+        raise UserError(f"a field of the config has a value of the wrong type ({error})") from error
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"align.text may hold {{title}} and {{description}} only, not {error}") from error
+    for name, fine, must_be in rules:
+        if not fine:
+            raise UserError(f"{name} is {values[name]}, but must be {must_be}")
+    return experiment
+
+
+def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """(field, whether its value is fine, what it must be)."""
     rules = [(name, values[name] >= 1, "at least 1") for name in AT_LEAST_ONE]
+    rules.append(("seed", values["seed"] >= 0, "at least 0"))
     rules += [
         (name, value > 0, "above 0") for name, value in values.items() if "learning_rate" in name and value is not None
     ]
@@ -238,10 +264,7 @@ def check(experiment: Experiment) -> Experiment:
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
         ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
     ]
-    for name, fine, must_be in rules:
-        if not fine:
-            raise UserError(f"{name} is {values[name]}, but must be {must_be}")
-    return experiment
+    return rules
 
 
 def config_folder() -> Path:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def _weights_folder(name: str, console: Console) -> Path:
     return Path(name) if Path(name).exists() else sources.fetch(name, console=console)
 
 
+def _files(folder: Path) -> dict[str, int]:
+    """Size of each model file, so that other weights of the same name are not taken for these."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.gguf"))
+    return {file.name: file.stat().st_size for file in files}
+
+
+# Fields that change how, but not what, a stage computes.
+NO_INFLUENCE = {
+    "align": ("save_every",),
+    "llm": ("save_every", "remat"),
+    "evaluation": ("batch", "resamples", "examples"),
+}
+
+
 class Pipeline:
     """The stages of `experiment` in `workdir`. Attributes are made when first asked for.
 
@@ -56,7 +71,15 @@ class Pipeline:
     def dataset(self) -> Dataset:
         config = self.experiment.data
         if (Path(config.name) / MANIFEST).is_file():
-            return open_dataset(config.name)
+            dataset = open_dataset(config.name)
+            made = dataset.manifest.get("settings", {})
+            for field in ("recipe", "strip_years"):
+                if field in made and made[field] != getattr(config, field):
+                    raise UserError(
+                        f"{config.name} was prepared with {field}={made[field]}, but data.{field} is "
+                        f"{getattr(config, field)}; set the field to match, or prepare the data set again"
+                    )
+            return dataset
         from allmrec_jax.data.prepare import prepare
 
         return prepare(
@@ -75,12 +98,20 @@ class Pipeline:
             keep[stage] = (*keep["llm"], "evaluation")
         identity = {"seed": x["seed"], "data": {**x["data"], "fingerprint": self.dataset.fingerprint}}
         for part in keep[stage]:
-            identity[part] = {k: v for k, v in x[part].items() if k not in ("save_every", "remat", "examples")}
+            identity[part] = {k: v for k, v in x[part].items() if k not in NO_INFLUENCE.get(part, ())}
+        # A name may stand for other weights elsewhere: the hub's files, or a quantised copy from a package.
+        if "align" in keep[stage]:
+            identity["align"]["encoder_files"] = _files(self.encoder_folder)
+        if "llm" in keep[stage]:
+            identity["llm"] |= {"llm_files": _files(self.llm_folder), "dtype": self.llm_dtype}
         return identity
 
     def _open(self, stage: str) -> Path:
         folder = self.workdir / stage
-        claim_folder(folder, self.identity(stage))
+        # Whatever is there already must fit too, or this would leave a directory of two experiments.
+        for other in ("cf", "align", "llm", "evaluation"):
+            if other == stage or (self.workdir / other / "config.json").exists():
+                claim_folder(self.workdir / other, self.identity(other))
         write_json(self.workdir / "config.json", as_dict(self.experiment))
         return folder
 
@@ -102,7 +133,21 @@ class Pipeline:
 
     @functools.cached_property
     def encoder(self) -> LoadedEncoder:
-        return load_encoder(_weights_folder(self.experiment.align.encoder, self.console))
+        return load_encoder(self.encoder_folder)
+
+    @functools.cached_property
+    def encoder_folder(self) -> Path:
+        return _weights_folder(self.experiment.align.encoder, self.console)
+
+    @functools.cached_property
+    def llm_folder(self) -> Path:
+        return _weights_folder(self.experiment.llm.llm, self.console)
+
+    @property
+    def llm_dtype(self) -> str:
+        """Of the frozen weights: `auto` is float32 on CPU, else bfloat16."""
+        dtype = self.experiment.llm.dtype
+        return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     @functools.cached_property
     def _align(self) -> tuple[Aligned, Curves]:
@@ -116,15 +161,14 @@ class Pipeline:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return mesh.make_mesh(model=self.experiment.devices.model)
+        x = self.experiment
+        free = max(1, len(jax.devices()) // x.devices.model)
+        # As many data-parallel devices as cut both batches evenly.
+        return mesh.make_mesh(math.gcd(free, x.llm.batch, x.evaluation.batch), x.devices.model)
 
     @functools.cached_property
     def llm(self) -> FrozenLLM:
-        dtype = self.experiment.llm.dtype
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        folder = _weights_folder(self.experiment.llm.llm, self.console)
-        return load_llm(folder, dtype=jnp.dtype(dtype), mesh=self.mesh)
+        return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh)
 
     @functools.cached_property
     def _heads(self) -> tuple[dict[str, Any], Curves]:

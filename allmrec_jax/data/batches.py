@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int, Int32, Integer, Key, UInt32
 Anywhere = Array | np.ndarray
 Index = int | np.integer | Integer[Array, ""]
 
-_USERS, _ORDER, _NEGATIVES, _DISTINCT = 1, 2, 3, 4  # what a draw is for, folded into its key
+_USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT = 1, 2, 3, 4, 5  # what a draw is for, folded into its key
 
 
 def _row_keys(key: Key[Array, ""], purpose: int, step: Index, rows: Integer[Array, " rows"]):
@@ -53,6 +53,11 @@ def draw_users(
 def _draw_users(key, step, rows, eligible_count):
     keys = _row_keys(key, _USERS, step, rows)
     return jax.vmap(lambda row_key: _below(row_key, 1, eligible_count)[0])(keys)
+
+
+def dropout_keys(key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"]) -> Key[Array, " rows"]:
+    """A key for the dropout of each global row, so that a row's mask does not depend on where it is computed."""
+    return _row_keys(key, _DROPOUT, step, _as_rows(rows))
 
 
 def epoch_order(key: Key[Array, ""], epoch: Index, n: int) -> Int32[Array, " n"]:

@@ -47,6 +47,8 @@ def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarra
     x, dataset = pipeline.experiment, pipeline.dataset
     config, prompt = x.evaluation, x.llm
     folder = pipeline.workdir / "evaluation"
+    # The stages come first: their folders are claimed by the same check, before anything is scored.
+    pipeline.heads  # noqa: B018
     claim_folder(folder, pipeline.identity("evaluation"))
     users = test_users(pipeline)
     key = jax.random.fold_in(jax.random.key(x.seed), SEED_STREAM)
@@ -82,13 +84,14 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     If `metrics.json` is already that of this experiment, it is read and nothing is computed.
     """
     path = pipeline.workdir / "metrics.json"
-    identity = json.loads(json.dumps(pipeline.identity("evaluation")))
+    shown = {name: getattr(pipeline.experiment.evaluation, name) for name in ("resamples", "examples")}
+    identity = json.loads(json.dumps(pipeline.identity("evaluation") | {"report": shown}))
     if path.is_file() and (pipeline.workdir / "report.html").is_file():
         try:
             found = json.loads(path.read_text())
             if found["about"]["identity"] == identity:
                 return found
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             pipeline.console.print(f"{path} is damaged; evaluating again")
     x = pipeline.experiment
     start = time.perf_counter()
@@ -132,7 +135,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         differences=results["differences"],
         examples=results["examples"],
         curves={
-            stage: {name: tuple(zip(*points, strict=True)) for name, points in curves.items()}
+            stage: {name: tuple(np.asarray(points, float).T) for name, points in curves.items()}
             for stage, curves in results["curves"].items()
         },
         about=about,
@@ -200,9 +203,13 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
         text += (
             f"\n\nThe heads F_U and F_I saw {shown} of {eligible} users once, through an LLM of "
             f"{parameters(pipeline) / 1e6:,.0f}M parameters. So short a training shows whether the injected embeddings "
-            "carry anything that titles do not; it does not show what the method can reach. `make demo-full` trains on "
-            "every user and tests on all of them, which mainly narrows the intervals; the paper trains for 5 epochs on "
-            "9,930 to 297,498 users through OPT-6.7B, fifty times this LLM."
+            "carry anything that titles do not; it does not show what the method can reach. The paper trains for 5 "
+            f"epochs on 9,930 to 297,498 users through OPT-6.7B, {6.7e9 / parameters(pipeline):,.0f} times this LLM."
+        )
+    if x.name == "demo":
+        text += (
+            " `make demo-full` trains on every user, more than once, and tests on all of them, which mainly narrows "
+            "the intervals."
         )
     return text
 

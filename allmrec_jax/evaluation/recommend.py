@@ -80,11 +80,13 @@ def recommend(
     last = items[-x.cf.maxlen :]
     window[0, -len(last) :] = last
     x_u = pipeline.cf.x_u(window)
-    everything = pipeline.cf.scores(x_u, np.arange(dataset.n_items + 1)[None])[0]
+    everything = pipeline.cf.scores(x_u, np.arange(dataset.n_items + 1)[None])[0].copy()
     everything[[0, *items]] = -np.inf
     top = np.argsort(-everything, kind="stable")[: min(candidates, dataset.n_items - len(set(items)))]
     if not len(top):
         raise UserError("the history holds every item; there is nothing left to recommend")
+    # In a random order, as in training: the prompt must not tell the LLM what the CF model thinks.
+    top = np.random.default_rng(x.seed).permutation(top)
     ranker = pipeline.ranker(pipeline.heads, candidates=len(top), batch=pipeline.mesh.shape["data"])
     likelihood = ranker([items[-x.llm.history :]], top[None], x_u)[0]
     cf = everything[top]

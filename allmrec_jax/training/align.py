@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def make_step(
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
         rows = mesh.local_rows(batch["real"].shape[0])
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, state.step), row))(rows)
+        keys = batches.dropout_keys(key, state.step, rows)
         real = batch["real"].astype(jnp.float32)
         count = jax.lax.psum(jnp.sum(real), mesh.DATA)
 
@@ -135,7 +135,8 @@ def train_align(
         "f_I": params.init(init_I, alignment.describe(d, config.joint)),
         "f_T": params.init(init_T, alignment.describe(text_width, config.joint)),
     }
-    frozen = {"E": cf.E}
+    # A host copy: cf.E may be committed to one device (restored) or to others than this stage uses.
+    frozen = {"E": np.asarray(cf.E)}
     (trained if config.train_encoder else frozen)["encoder"] = encoder.weights
     # No L_match gradient reaches the encoder where the encoder is frozen; f_I and f_T are trained in any case.
     weights = {
@@ -163,14 +164,7 @@ def train_align(
     seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
     per_epoch = batches.steps_per_epoch(len(users), config.batch)
     draw = jax.jit(lambda i, rows, who: batches.draw_negatives(negative_key, i, rows, who, seen)[:, 0])
-    epoch_order = jax.jit(lambda epoch: batches.epoch_order(order_key, epoch, len(users)))
-    orders: dict[int, np.ndarray] = {}
-
-    def order_of(epoch: int) -> np.ndarray:
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.asarray(epoch_order(epoch))
-        return orders[epoch]
+    order_of = lru_cache(1)(lambda epoch: np.asarray(batches.epoch_order(order_key, epoch, len(users))))
 
     def one_step(state: State, i: int):
         order = order_of(i // per_epoch)
@@ -208,8 +202,9 @@ def train_align(
     finally:
         checkpoints.close()
     Q = encode_items(encoder, state.params.get("encoder", frozen.get("encoder")), tokens, lengths)
-    e = np.asarray(alignment.encode(state.params["f_I"], cf.E))
-    q = np.asarray(alignment.encode(state.params["f_T"], jnp.asarray(Q)))
+    encode = jax.jit(alignment.encode)
+    e = np.asarray(encode(state.params["f_I"], frozen["E"]))
+    q = np.asarray(encode(state.params["f_T"], Q))
     return Aligned(e, q, state.params), curves
 
 

@@ -91,7 +91,7 @@ def make_epoch(
         positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
         windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
         negatives = batches.draw_negatives(key, state.step, rows, data["users"][chosen], data["seen"], c.maxlen)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, state.step), row))(rows)
+        keys = batches.dropout_keys(key, state.step, rows)
         count = jax.lax.psum(jnp.sum(positives != 0), mesh.DATA).astype(jnp.float32)
 
         def loss(parameters: Any) -> jax.Array:
@@ -131,11 +131,11 @@ def training_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def make_validation(c: sasrec.SASRecConfig, dataset: Dataset, key: jax.Array, most: int = 10_000):
-    """`params -> {"ndcg@10"}` of the validation items, each among 100 random items outside the training items."""
+    """`params -> {"ndcg@10"}` of the validation items, each among 100 random items new to the user."""
     users = np.flatnonzero(dataset.has_target("validation"))[:most]
     if not len(users):
         raise UserError(f"{dataset.name}: no user has three items, so there is nothing to validate on")
-    seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
+    seen = batches.seen_items(*dataset.distinct("validation"), dataset.n_items)
     negatives = batches.draw_negatives(key, 0, len(users), users, seen, 100)
     candidates = jnp.concatenate([dataset.targets("validation")[users][:, None], negatives], axis=1)
     windows = dataset.windows(dataset.history_end("validation")[users], c.maxlen, users)

@@ -7,6 +7,7 @@ heads are replicated; XLA places the collectives. Only the heads are differentia
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,7 +177,7 @@ def settle(heads: dict[str, Any], x_u: jax.Array, e: jax.Array, statistics: dict
     """Both heads settled among the token embeddings (`projection.settle`), on at most 2,048 users and items."""
 
     def some(table: jax.Array) -> jax.Array:
-        return table[:: max(1, len(table) // 2048)][:2048]
+        return table[:: -(-len(table) // 2048)]
 
     return {
         "F_U": projection.settle(projection.F_U, heads["F_U"], some(x_u), statistics),
@@ -235,11 +236,12 @@ def train_llm(
     state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
     frozen, shardings = freeze(llm, x_u, e, mesh)
     step = make_step(llm.graph, shardings, mesh, optimiser, config)
-    epoch_order = jax.jit(lambda epoch: batches.epoch_order(order_key, epoch, len(users)))
+    order_of = lru_cache(1)(lambda epoch: np.asarray(batches.epoch_order(order_key, epoch, len(users))))
 
     def one_step(state: State, i: int) -> tuple[State, dict[str, jax.Array]]:
-        order = np.asarray(epoch_order(i // per_epoch))
-        chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order))
+        chosen, real = map(
+            np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order_of(i // per_epoch))
+        )
         chosen = chosen[real]
         candidates, column = draw_candidates(
             candidate_key, i, np.arange(len(chosen)), users[chosen], targets[chosen], seen, config.candidates
