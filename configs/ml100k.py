@@ -15,6 +15,6 @@ def config() -> Experiment:
     return replace(
         demo,
         name="ml100k",
-        llm=replace(demo.llm, epochs=2.0),
+        llm=replace(demo.llm, epochs=2.5),
         evaluation=replace(demo.evaluation, users=None),
     )

@@ -13,12 +13,13 @@ Run `allmrec run` on every worker of a Cloud TPU VM, until it is done.
 
 Steps: build this checkout's wheel; request the TPU as a queued resource and wait for it; copy the wheel, the constraints
 and the config to all workers and install; `allmrec run` on all workers. If the TPU is preempted (exit status 75, or the
-machine is gone) it is deleted and requested again, and the run goes on from its last checkpoint in --workdir. At the end,
+machine is gone) it is deleted and requested again, and the run goes on from its last checkpoint. The TPU works in a folder
+of its own disk, which is copied from --workdir at the start, and to it every five minutes and at the end. At the end,
 and on Ctrl-C, the TPU is deleted.
 
 Required
   --zone ZONE            where the TPU is, e.g. us-west4-a
-  --accelerator TYPE     kind and number of chips, e.g. v5litepod-8, v6e-16, v4-8
+  --accelerator TYPE     kind and number of chips, e.g. v5litepod-8, v6e-8, v4-8 (one host: at most 8)
   --config CONFIG        a config file, e.g. configs/ml100k.py, or the bare name of one that is shipped: ml100k
   --workdir gs://...     work directory in a bucket that the TPU's service account may write; it outlives the TPU
 
@@ -90,6 +91,11 @@ case "$workdir" in
   gs://?*) ;;
   *) fail "--workdir must be in a bucket (gs://...), since the TPU's own disk is deleted with it; got '$workdir'" ;;
 esac
+chips="${accelerator##*-}"
+case "$chips" in
+  '' | *[!0-9]*) fail "--accelerator must end in a number, e.g. v5litepod-8; got '$accelerator'" ;;
+esac
+[ "$chips" -le 8 ] || fail "$accelerator has several hosts, which allmrec does not use yet; take one of at most 8, e.g. v5litepod-8"
 case "$max_restarts" in '' | *[!0-9]*) fail "--max-restarts must be a whole number; got '$max_restarts'" ;; esac
 case "$poll" in '' | *[!0-9]*) fail "--poll must be a whole number of seconds; got '$poll'" ;; esac
 
@@ -213,8 +219,14 @@ install_command="set -e; python3 -m pip install --quiet --user uv; uv=\$HOME/.lo
 \$uv pip install --quiet --python allmrec-venv/bin/python -c allmrec-files/py312.txt 'allmrec-files/${wheel}[tpu]'"
 
 # gcloud repeats a command whose connection broke: the lock keeps the second from running beside the first.
-run_command="flock --wait 600 /tmp/allmrec.lock allmrec-venv/bin/allmrec run --config $(quote "$remote_config") --workdir $(quote "$workdir")"
-for field in ${fields[@]+"${fields[@]}"}; do run_command="$run_command $(quote "$field")"; done
+allmrec="flock --wait 600 /tmp/allmrec.lock allmrec-venv/bin/allmrec run --config $(quote "$remote_config") --workdir allmrec-run"
+for field in ${fields[@]+"${fields[@]}"}; do allmrec="$allmrec $(quote "$field")"; done
+# A copy that was cut short does no harm: a checkpoint carries checksums, and the one before it is used.
+sync="gcloud storage rsync --recursive --quiet"
+to_bucket="$sync allmrec-run $(quote "$workdir")"
+run_command="mkdir -p allmrec-run; $sync $(quote "$workdir") allmrec-run || true; \
+(while sleep 300; do $to_bucket; done) & copier=\$!; \
+$allmrec; status=\$?; kill \$copier; $to_bucket; exit \$status"
 
 files=("$root/dist/$wheel" "$root/constraints/py312.txt")
 [ "$remote_config" = "$config" ] || files+=("$config")

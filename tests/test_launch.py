@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_whole_life_of_a_tpu_in_order_and_needs_no_gcloud(t
     assert "constraints/py312.txt" in copy
     assert copy.endswith("--worker all")
     assert "[tpu]" in install
-    assert "allmrec run --config allmrec-files/mine.py --workdir gs://bucket/run --seed 1 --name " in run
+    assert "allmrec run --config allmrec-files/mine.py --workdir allmrec-run --seed 1 --name " in run
     assert "two words" in run
     assert delete == "gcloud compute tpus queued-resources delete allmrec --force --quiet --zone us-west4-a --project p"
 
@@ -97,6 +97,8 @@ def test_a_missing_argument_is_one_line_that_names_it(tmp_path, missing):
         ({"--config": "absent.py"}, "no config file 'absent.py'"),
         ({"--config": "no_such_config"}, "no shipped config"),
         ({"--accelerator": "v99-8"}, "--runtime-version"),
+        ({"--accelerator": "v6e-16"}, "several hosts"),
+        ({"--accelerator": "v6e"}, "number"),
         ({"--max-restarts": "many"}, "whole number"),
         ({"--colour": "blue"}, "unknown argument '--colour'"),
         ({"--zone": "--dry-run"}, "--zone needs a value"),

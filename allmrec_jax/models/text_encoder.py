@@ -177,6 +177,19 @@ def build(config: EncoderConfig, weights: Any, backend: Any) -> LoadedEncoder:
     return LoadedEncoder(graph, {"weights": weights}, config, backend)
 
 
+CONFIG_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "hidden_dropout_prob",
+)
+
+
 def load_encoder(folder: Path) -> LoadedEncoder:
     """Reads a sentence-transformers folder (safetensors).
 
@@ -201,6 +214,10 @@ def load_encoder(folder: Path) -> LoadedEncoder:
     if not read("1_Pooling/config.json", {"pooling_mode_mean_tokens": True}).get("pooling_mode_mean_tokens"):
         raise UserError(f"{folder}: only mean pooling is supported")
     modules = read("modules.json", [{"type": "Transformer"}])
+    limit = read("sentence_bert_config.json", {"max_seq_length": None}).get("max_seq_length") or 512
+    missing = [name for name in CONFIG_KEYS if name not in raw]
+    if missing:
+        raise UserError(f"{folder / 'config.json'} has no {missing[0]!r}; is it the config of a BERT encoder?")
     config = EncoderConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -212,7 +229,7 @@ def load_encoder(folder: Path) -> LoadedEncoder:
         layer_norm_eps=raw["layer_norm_eps"],
         dropout=raw["hidden_dropout_prob"],
         normalize=any("Normalize" in module["type"] for module in modules),
-        max_seq_length=read("sentence_bert_config.json", {"max_seq_length": 512})["max_seq_length"],
+        max_seq_length=min(limit, raw["max_position_embeddings"], 512),
     )
     weights = params.from_torch(
         describe(config),

@@ -107,8 +107,9 @@ def make_optimiser(config: Alignment) -> optax.GradientTransformation:
     return optax.multi_transform(rates, label)
 
 
-def _tier(longest: int) -> int:
-    return next(tier for tier in TIERS if tier >= longest)
+def _tier(longest: int, limit: int) -> int:
+    """The length that texts of up to `longest` tokens are padded to; never beyond the encoder's positions."""
+    return min(limit, next(tier for tier in TIERS if tier >= longest))
 
 
 def train_align(
@@ -170,7 +171,7 @@ def train_align(
         order = order_of(i // per_epoch)
         chosen, real = map(np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order))
         positive = positives[chosen]
-        time = _tier(int(lengths[positive].max()))
+        time = _tier(int(lengths[positive].max()), encoder.config.max_position_embeddings)
         text = np.zeros((config.batch, time), np.int32)
         width = min(time, tokens.shape[1])
         text[:, :width] = tokens[positive, :width]
@@ -221,7 +222,7 @@ def encode_items(
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        time = _tier(int(lengths[chosen].max()))
+        time = _tier(int(lengths[chosen].max()), encoder.config.max_position_embeddings)
         text, mask = np.zeros((batch, time), np.int32), np.zeros((batch, time), bool)
         width = min(time, tokens.shape[1])
         text[: len(chosen), :width] = tokens[chosen, :width]

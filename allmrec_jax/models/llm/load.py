@@ -62,15 +62,18 @@ def load_llm(folder: Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh 
     """
     folder = Path(folder)
     ggufs = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
-    if (folder / "config.json").is_file():
-        raw = json.loads((folder / "config.json").read_text())
-        config, tensors = _llama_config(raw, folder), SafeTensors(folder)
-        tokenizer = from_folder(folder, raw)
-    elif ggufs:
-        fields, tensors = read_gguf(ggufs[0])
-        config, tokenizer = _gguf_config(fields, tensors, ggufs[0]), from_gguf(fields)
-    else:
-        raise UserError(f"{folder} holds no model: neither config.json with safetensors nor a .gguf file")
+    try:
+        if (folder / "config.json").is_file():
+            raw = json.loads((folder / "config.json").read_text())
+            config, tensors = _llama_config(raw, folder), SafeTensors(folder)
+            tokenizer = from_folder(folder, raw)
+        elif ggufs:
+            fields, tensors = read_gguf(ggufs[0])
+            config, tokenizer = _gguf_config(fields, tensors, ggufs[0]), from_gguf(fields)
+        else:
+            raise UserError(f"{folder} holds no model: neither config.json with safetensors nor a .gguf file")
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}: the model's config is damaged or lacks {error}") from error
 
     def ignore(name: str) -> bool:
         return "rotary_emb" in name or (name == "lm_head.weight" and config.tie_word_embeddings)
