@@ -159,7 +159,7 @@ def test_pack_by_hand():
     assert out["answer_token"][:, :5].tolist() == [[20, 21, 1, 30, 1], [40, 41, 42, 1, 0], [0] * 5]
     assert out["answer_of"][:, :5].tolist() == [[0, 0, 0, 1, 1], [0] * 5, [0] * 5]
     assert out["answer_weight"][:, :5].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [0] * 5]
-    assert out["answer_weight"].shape == (3, 16)
+    assert out["answer_weight"].shape == (3, 64)
     assert not out["answer_weight"][:, 5:].any()
     assert {array.dtype for array in out.values()} == {np.dtype(np.int32), np.dtype(np.float32)}
 

@@ -157,7 +157,7 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Token arrays of a batch, one prompt with all its answers a row.
 
-    Shapes are rounded up (time to `tier`, answers to 16, slots to 8, rows to `batch`), so that few programs are
+    Shapes are rounded up (time to `tier`, answers to 64, slots to 8, rows to `batch`), so that few programs are
     compiled.
 
     Returns:
@@ -170,7 +170,7 @@ def pack(
     length = [len(p.tokens) + sum(len(a) - 1 for a in many) for p, many in zip(prompts, answers, strict=True)]
     count = [sum(len(a) for a in many) for many in answers]
     time = _round_up(max(length), tier)
-    n_answers = _round_up(max(count), 16)
+    n_answers = _round_up(max(count), 64)
     n_slots = _round_up(max(1, *(len(p.slots) for p in prompts)), 8)
     out = {
         "tokens": np.zeros((size, time), np.int32),
