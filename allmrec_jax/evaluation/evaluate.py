@@ -184,20 +184,19 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
     x = pipeline.experiment
 
     def compare(a: str, b: str, name: str) -> str:
-        d = differences[a][b]["hit@1"]
-        size = f"{d['value']:+.3f} Hit@1, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}"
-        if d["low"] > 0:
-            return f"better than {name} ({size})"
-        if d["high"] < 0:
-            return f"worse than {name} ({size})"
-        return f"not distinguishable from {name} ({size})"
+        parts = []
+        for metric, label in (("hit@1", "Hit@1"), ("ndcg@5", "NDCG@5")):
+            d = differences[a][b][metric]
+            verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "not distinguishable"
+            parts.append(f"{verdict} by {label} ({d['value']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f})")
+        return f"against {name}: {' and '.join(parts)}"
 
     n = scenario["cf"]["hit@1"]["n"]
     eligible = int(np.sum(pipeline.dataset.has_target("train")))
     shown = min(eligible, round(x.llm.epochs * eligible))
     text = (
-        f"On {n} test users, A-LLMRec is {compare('a-llmrec', 'llm-only', 'the LLM given titles alone')} and "
-        f"{compare('a-llmrec', 'cf', 'SASRec')}; their mean-rank combination is {compare('fused', 'cf', 'SASRec')}."
+        f"On {n} test users, A-LLMRec {compare('a-llmrec', 'llm-only', 'the LLM given titles alone')}; "
+        f"{compare('a-llmrec', 'cf', 'SASRec')}. Their mean-rank combination {compare('fused', 'cf', 'SASRec')}."
     )
     if x.llm.epochs < 1:
         text += (
