@@ -74,10 +74,20 @@ def answer_log_likelihood(
     return (chosen - jax.nn.logsumexp(logits, axis=-1)) * batch["answer_weight"]
 
 
-def answer_means(tokens: Float[Array, "batch answer"], batch: Batch, answers: int) -> Float[Array, "batch answers"]:
-    """Mean log-likelihood of each answer's tokens, 0 for an answer that is not there."""
+def answer_scores(
+    tokens: Float[Array, "batch answer"], batch: Batch, answers: int, *, normalise: bool = True
+) -> Float[Array, "batch answers"]:
+    """Mean (or sum) of the log-likelihoods of each answer's tokens, 0 for an answer that is not there."""
     one_hot = jax.nn.one_hot(batch["answer_of"], answers) * batch["answer_weight"][..., None]
-    return jnp.einsum("ba,bac->bc", tokens, one_hot) / jnp.maximum(one_hot.sum(1), 1)
+    totals = jnp.einsum("ba,bac->bc", tokens, one_hot)
+    return totals / jnp.maximum(one_hot.sum(1), 1) if normalise else totals
+
+
+def heads_in_use(heads: dict[str, Any], frozen: Any, config: Injection) -> dict[str, Any]:
+    """The heads that the prompt sees: the trained ones, settled among the token embeddings if they are held there."""
+    if config.init != "held":
+        return heads
+    return settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
 
 
 def losses(
@@ -89,14 +99,13 @@ def losses(
     L_choice  cross-entropy of the target in a softmax over `sharpness` times the candidates' mean log-likelihoods;
               only where `choice_weight` is not 0 (then the batch holds all candidates as answers)
     """
-    if config.init == "held":
-        heads = settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
+    heads = heads_in_use(heads, frozen, config)
     tokens = answer_log_likelihood(graph, heads, frozen, batch, remat=config.remat)
     own = batch["answer_weight"] * (batch["answer_of"] == batch["target"][:, None])
     terms = {"title": -jnp.sum(tokens * own) / jnp.maximum(jnp.sum(own), 1)}
     total = config.title_weight * terms["title"]
     if config.choice_weight:
-        scores = jax.nn.log_softmax(config.sharpness * answer_means(tokens, batch, config.candidates), axis=-1)
+        scores = jax.nn.log_softmax(config.sharpness * answer_scores(tokens, batch, config.candidates), axis=-1)
         real = jnp.max(batch["answer_weight"], axis=1)
         chosen = jnp.take_along_axis(scores, batch["target"][:, None], axis=1)[:, 0]
         terms["choice"] = -jnp.sum(chosen * real) / jnp.maximum(jnp.sum(real), 1)
@@ -131,11 +140,8 @@ def make_scorer(
     whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def scores(heads: Any, frozen: Any, batch: Batch) -> jax.Array:
-        means = answer_means(answer_log_likelihood(graph, heads, frozen, batch), batch, answers)
-        if normalise:
-            return means
-        one_hot = jax.nn.one_hot(batch["answer_of"], answers) * batch["answer_weight"][..., None]
-        return means * one_hot.sum(1)
+        tokens = answer_log_likelihood(graph, heads, frozen, batch)
+        return answer_scores(tokens, batch, answers, normalise=normalise)
 
     return jax.jit(scores, in_shardings=(whole, frozen_shardings, cut), out_shardings=cut)
 
@@ -271,7 +277,4 @@ def train_llm(
         )
     finally:
         checkpoints.close()
-    heads = state.params
-    if config.init == "held":
-        heads = settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
-    return heads, curves
+    return heads_in_use(state.params, frozen, config), curves
