@@ -117,15 +117,61 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = command(
         "prepare",
         "Turn raw files into a prepared data set.",
-        "\nExample: allmrec data prepare ml-100k --out data/ml-100k --strip-years",
+        "\nExamples:"
+        "\n  allmrec data prepare ml-100k --out data/ml-100k --strip-years"
+        "\n  allmrec data prepare --reviews Gift_Cards.json.gz --metadata meta_Gift_Cards.json.gz --out data/cards"
+        "\n  allmrec data prepare --interactions mine.csv --items items.csv --columns user=customer --out data/mine"
+        "\nTables (.csv .tsv .jsonl .parquet, and .txt of `user item item ...`; plain or .gz) need a user and an item"
+        "\nin each row; time (seconds or milliseconds since 1970) and rating are used where they are.",
         group=data,
     )
-    prepare.add_argument("name", help="a named data set, or a folder of raw files")
+    prepare.add_argument("name", nargs="?", help="a named data set (`allmrec data list`), or a folder of raw files")
+    prepare.add_argument("--reviews", type=Path, help="an Amazon review file of 2014, 2018 or 2023, plain or gzip")
+    prepare.add_argument("--metadata", type=Path, help="its metadata, with titles and descriptions")
+    prepare.add_argument("--interactions", type=Path, help="a table of your own")
+    prepare.add_argument("--items", type=Path, help="a table of its items: titles, descriptions, categories")
+    prepare.add_argument(
+        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="what your tables call a column"
+    )
+    prepare.add_argument("--tfds", type=Path, help="a TFDS folder that `allmrec data export` wrote")
     prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
-    prepare.add_argument("--recipe", choices=("clean", "reference"), default="clean", help="how rows are filtered")
+    prepare.add_argument(
+        "--as",
+        dest="called",
+        metavar="NAME",
+        help="name of the data set (default: the source's); with --tfds, which one",
+    )
+    prepare.add_argument(
+        "--recipe",
+        choices=("clean", "reference", "as-is"),
+        default="clean",
+        help="how rows are filtered: repeats, low ratings and k-core; as the public code does it; or not at all",
+    )
     prepare.add_argument("--strip-years", action="store_true", help='"Heat (1995)" becomes "Heat": shorter prompts')
-    prepare.add_argument("--k-core", type=int, default=5, help="least interactions of a user or item (clean)")
-    prepare.add_argument("--min-positive-rating", type=float, help="drop interactions rated lower (clean)")
+    prepare.add_argument(
+        "--k-core", type=int, help="least interactions of a user or item (clean; 5, Beauty and Toys 4)"
+    )
+    prepare.add_argument(
+        "--min-positive-rating", type=float, help="drop interactions rated lower (clean; none, Beauty and Toys 4)"
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the few-shot users (default 0)")
+    prepare.add_argument(
+        "--max-bad-lines",
+        type=int,
+        default=100,
+        help="unusable lines left out before it is an error (default 100)",
+    )
+    export = command(
+        "export",
+        "Write a prepared data set in a form that others read.",
+        "\n  tfds    a TensorFlow Datasets folder (array_record), which needs no TensorFlow"
+        "\n  public  the files of the public A-LLMRec code: NAME.txt and NAME_text_name_dict.json.gz"
+        "\nExample: allmrec data export data/ml-100k --to tfds --out exported",
+        group=data,
+    )
+    export.add_argument("folder", type=Path, help="a prepared data set")
+    export.add_argument("--to", choices=("tfds", "public"), required=True, help="which form")
+    export.add_argument("--out", type=Path, required=True, help="folder to write into")
     describe = command("describe", "Counts, lengths, texts, repeats, and what was dropped and why.", group=data)
     describe.add_argument("folder", type=Path, help="a prepared data set")
 
@@ -201,23 +247,64 @@ def run_data(arguments: argparse.Namespace) -> None:
 
         console.print(sources_table())
     elif arguments.action == "prepare":
-        from allmrec_jax.data.prepare import describe, prepare
+        from allmrec_jax.data.describe import describe
 
-        dataset = prepare(
-            arguments.name,
-            arguments.out,
-            recipe=arguments.recipe,
-            strip_years=arguments.strip_years,
-            k_core=arguments.k_core,
-            min_positive_rating=arguments.min_positive_rating,
-            console=console,
-        )
-        console.print(describe(dataset))
+        console.print(describe(prepare(arguments, console)))
+    elif arguments.action == "export":
+        from allmrec_jax.data.dataset import open_dataset
+
+        dataset = open_dataset(arguments.folder)
+        if arguments.to == "tfds":
+            from allmrec_jax.data.builder import write_tfds
+
+            written = write_tfds(dataset, arguments.out, console)
+        else:
+            from allmrec_jax.data.public_files import write_public
+
+            written = " and ".join(map(str, write_public(dataset, arguments.out)))
+        console.print(f"Written: {written}", soft_wrap=True, markup=False, highlight=False)
     else:
         from allmrec_jax.data.dataset import open_dataset
-        from allmrec_jax.data.prepare import describe
+        from allmrec_jax.data.describe import describe
 
         console.print(describe(open_dataset(arguments.folder)))
+
+
+def prepare(arguments: argparse.Namespace, console: Any) -> Any:
+    """The data set that `allmrec data prepare` was asked for."""
+    ways = ("name", "reviews", "interactions", "tfds")
+    given = [way for way in ways if getattr(arguments, way) is not None]
+    if len(given) != 1:
+        raise UserError("say one of: the name of a data set or folder, --reviews, --interactions, --tfds")
+    for first, second in (("reviews", "metadata"), ("interactions", "items")):
+        if getattr(arguments, second) is not None and given != [first]:
+            raise UserError(f"--{second} goes with --{first}")
+    columns = dict(part.partition("=")[::2] for part in arguments.columns)
+    if columns and given != ["interactions"]:
+        raise UserError("--columns goes with --interactions")
+    if wrong := [ours for ours, theirs in columns.items() if not theirs]:
+        raise UserError(f"--columns {wrong[0]}: say OURS=THEIRS, such as user=customer")
+    if given == ["tfds"]:
+        from allmrec_jax.data.builder import read_tfds
+
+        return read_tfds(arguments.tfds, arguments.out, name=arguments.called)
+    from allmrec_jax.data.prepare import Files, prepare
+
+    source = arguments.name
+    if source is None:
+        source = Files(arguments.reviews, arguments.metadata, arguments.interactions, arguments.items, columns)
+    return prepare(
+        source,
+        arguments.out,
+        name=arguments.called,
+        recipe=arguments.recipe,
+        strip_years=arguments.strip_years,
+        k_core=arguments.k_core,
+        min_positive_rating=arguments.min_positive_rating,
+        seed=arguments.seed,
+        max_bad_lines=arguments.max_bad_lines,
+        console=console,
+    )
 
 
 def run_recommend(arguments: argparse.Namespace) -> None:

@@ -16,13 +16,15 @@ def test_clean_conserves_rows_and_is_idempotent(rows, k, low):
     users, items, times, ratings = (
         np.array(column, np.int64) for column in (zip(*rows, strict=True) if rows else [()] * 4)
     )
-    keep, dropped = recipes.clean(users, items, times, ratings, k_core=k, min_positive_rating=low)
+    keep, dropped, _ = recipes.clean(users, items, times, ratings, k_core=k, min_positive_rating=low)
     assert keep.sum() + sum(entry["rows"] for entry in dropped) == len(rows)
     kept = [row for row, stays in zip(rows, keep, strict=True) if stays]
     assert len({row[:3] for row in kept}) == len(kept)
     assert all(sum(other[c] == row[c] for other in kept) >= k for row in kept for c in (0, 1))
     if kept:
-        again, _ = recipes.clean(*(c[keep] for c in (users, items, times, ratings)), k_core=k, min_positive_rating=low)
+        again, _, _ = recipes.clean(
+            *(c[keep] for c in (users, items, times, ratings)), k_core=k, min_positive_rating=low
+        )
         assert again.all()
     # The core is the largest one: peeling a row at a time, in any order, ends at the same rows.
     unique = list({row[:3]: row for row in reversed(rows)}.values())
@@ -34,7 +36,7 @@ def test_clean_conserves_rows_and_is_idempotent(rows, k, low):
 
 def test_without_times_a_repeat_is_a_repetition():
     same = np.zeros(4, np.int64)
-    keep, dropped = recipes.clean(same, same, None, None, k_core=4)
+    keep, dropped, _ = recipes.clean(same, same, None, None, k_core=4)
     assert keep.all()
     assert sum(entry["rows"] for entry in dropped) == 0
 
@@ -61,4 +63,4 @@ def test_titles():
     assert n_junk == 2
     assert cleaned.to_list() == [None, None, "I <3 you", "Function & Form", "A bold one", "R&B", None]
     with_years = pl.Series(["Heat (1995)", "Land Before Time (1995) (V)", "1984 (1984)", "(1995)", "M*A*S*H", None])
-    assert text.strip_years(with_years).to_list() == ["Heat", "Land Before Time", "1984", "(1995)", "M*A*S*H", None]
+    assert text.without_years(with_years).to_list() == ["Heat", "Land Before Time", "1984", "(1995)", "M*A*S*H", None]

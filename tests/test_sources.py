@@ -402,9 +402,28 @@ def test_an_unknown_name_lists_the_known_ones(name, hint):
         fetch(name)
 
 
-def test_a_manual_source_says_what_to_do():
-    with pytest.raises(UserError, match=r"by hand.*readers arrive with the Amazon data layer"):
-        fetch("amazon-2018")
+def test_a_source_fetched_by_hand_says_what_to_put_where_and_takes_it(tmp_path, log):
+    name = "amazon-2018-luxury-beauty"
+    with pytest.raises(
+        UserError, match=r"get Luxury_Beauty.json.gz and meta_Luxury_Beauty.json.gz from https"
+    ) as error:
+        fetch(name, cache=tmp_path, console=log)
+    folder = tmp_path / name
+    assert str(error.value).endswith(f"put them here: {folder}")
+    folder.mkdir()
+    for file in ("Luxury_Beauty.json.gz", "meta_Luxury_Beauty.json.gz"):
+        (folder / file).write_bytes(b"x")
+    assert fetch(name, cache=tmp_path, console=log) == folder
+
+
+def test_a_data_set_of_the_hub_loses_the_folders_of_its_files(origin, monkeypatch, tmp_path, log):
+    monkeypatch.setenv("HF_ENDPOINT", origin.url)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    at = "/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw"
+    origin.paths[f"{at}/review_categories/All_Beauty.jsonl"] = [(200, {}, b"{}")]
+    origin.paths[f"{at}/meta_categories/meta_All_Beauty.jsonl"] = [(200, {}, b"{}")]
+    folder = fetch("amazon-2023-all-beauty", cache=tmp_path, console=log)
+    assert {"All_Beauty.jsonl", "meta_All_Beauty.jsonl"} < {path.name for path in folder.iterdir()}
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_put_right(monkeypatch, tmp_path, log):
@@ -433,4 +452,4 @@ def test_every_known_source_is_well_described():
         assert source.kind in {"data", "weights"}
         assert source.terms
         assert source.home.startswith("https://")
-        assert bool(source.places) != bool(source.manual)
+        assert source.places

@@ -6,12 +6,15 @@ A folder holds
     offsets.npy   int64 (n_users + 2,)     user u in 1..n_users owns items[offsets[u]:offsets[u + 1]]; user 0 is empty
     times.npy     int64 (n_interactions,)  seconds since 1970, where the input has times
     ratings.npy   float32 (n_interactions,), where the input has ratings
-    users.parquet  key                     the original id of user 1, 2, ...
-    items.parquet  key, title, description, categories
-    manifest.json  name, settings, counts, rows dropped and why, fingerprint, versions
+    cold_items.npy int32 (n_cold, 3)       cold users' items in time order; their ids are n_users + 1, n_users + 2, ...
+    users.parquet  key                     the original id of user 1, 2, ..., then of the cold users
+    items.parquet  key, title, description, categories, brand
+    scenarios/     NAME.users.npy, NAME.items.npy: see `scenarios.py`
+    manifest.json  name, settings, counts, rows dropped and why, scenarios, fingerprint, versions
 
 Leave-one-out: of n >= 3 items the last is the test target, the one before the validation target, the rest is for
-training; users with fewer than 3 items have training items only.
+training; users with fewer than 3 items have training items only. Cold users are in no array but their own, so nothing
+that counts or draws can see them.
 
           start                          start + n
     u:    | t  t  t  t  t  t  t | v | e |
@@ -26,18 +29,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer
 
+from allmrec_jax.data import scenarios
+from allmrec_jax.data.scenarios import Scenario
 from allmrec_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
+_REQUIRED, _OPTIONAL = ("items", "offsets", "cold_items"), ("times", "ratings")
+Texts = Any  # a sequence of strings (of lists, for categories), None where there is none; or a polars column of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +58,7 @@ class Dataset:
     offsets: Int64[np.ndarray, " offsets"]
     times: Int64[np.ndarray, " n_interactions"] | None
     ratings: Float32[np.ndarray, " n_interactions"] | None
+    cold_items: Int32[np.ndarray, "n_cold 3"]
 
     @property
     def name(self) -> str:
@@ -129,7 +138,9 @@ class Dataset:
         return np.where(owned, self.items[np.where(owned, positions, 0)], 0).astype(np.int32, copy=False)
 
     def history(self, user: int, split: str = "test") -> Int32[np.ndarray, " length"]:
-        """All items of one user's history for `split`, oldest first."""
+        """All items of one user's history for `split`, oldest first. A cold user's is the first two of the three."""
+        if user > self.n_users:
+            return np.asarray(self.cold_items[user - self.n_users - 1, :-1])
         return np.asarray(self.items[self.offsets[user] : self.history_end(split)[user]])
 
     @functools.cached_property
@@ -189,14 +200,31 @@ class Dataset:
 
     @functools.cached_property
     def user_keys(self) -> list[str]:
-        """Original id of each user; entry 0 is ""."""
+        """Original id of each user, then of each cold user; entry 0 is ""."""
         return ["", *self._user_table["key"]]
+
+    def brands(self) -> list[str | None]:
+        """Brand of each item, None where it has none; entry 0 is None."""
+        return [None, *self._item_table["brand"]]
+
+    # ------------------------------------------------------------------------------------------------- scenarios
+
+    def scenario(self, name: str) -> Scenario:
+        """A stored scenario. Raises `UserError` if it is unknown, or does not apply to this data set."""
+        known = self.manifest["scenarios"]
+        if name not in known:
+            raise UserError(f"there is no scenario {name!r}: choose among {', '.join(known)}")
+        if known[name]["reason"] is not None:
+            raise UserError(f"{name} does not apply to {self.name}: {known[name]['reason']}")
+        stem = self.path / "scenarios" / name
+        items = _load(Path(f"{stem}.items.npy")) if known[name]["has_items"] else None
+        return Scenario(_load(Path(f"{stem}.users.npy")), items, known[name]["facts"])
 
     def verify(self) -> None:
         """Reads everything and compares it with the fingerprint. Raises `UserError` if the data set was altered."""
-        texts = (self.titles()[1:], self.descriptions()[1:], self.categories()[1:])
-        arrays = {"items": self.items, "offsets": self.offsets, "times": self.times, "ratings": self.ratings}
-        if _fingerprint(arrays, self.user_keys[1:], self.item_keys[1:], *texts) != self.fingerprint:
+        arrays = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
+        tables = [_read_table(self.path / f"{name}.parquet") for name in ("users", "items")]
+        if _fingerprint(arrays, *tables) != self.fingerprint:
             raise UserError(f"{self.path} was altered since it was prepared: delete it and prepare it again")
 
 
@@ -209,22 +237,26 @@ def open_dataset(path: str | Path) -> Dataset:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         counts = manifest["counts"]
-        expected = {"items": counts["interactions"], "offsets": counts["users"] + 2}
-        expected |= {name: counts["interactions"] for name in ("times", "ratings") if manifest["has"][name]}
         if manifest["format"] != FORMAT:
             raise UserError(
-                f"{path} has data format {manifest['format']}, this version reads {FORMAT}: prepare it again"
+                f"{path} has data format {manifest['format']}, this version reads {FORMAT}: delete it and "
+                "prepare it again"
             )
+        interactions = (counts["interactions"],)
+        expected = {"items": interactions, "offsets": (counts["users"] + 2,), "cold_items": (counts["cold_users"], 3)}
+        expected |= {name: interactions for name in _OPTIONAL if manifest["has"][name]}
         arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in expected}
-        for name, length in expected.items():
-            if arrays[name].shape != (length,):
+        for name, shape in expected.items():
+            if arrays[name].shape != shape:
                 raise ValueError(f"{name}.npy has shape {arrays[name].shape}")
         for name in ("items.parquet", "users.parquet"):
             if not (path / name).is_file():
                 raise ValueError(f"{name} is missing")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and prepare it again") from error
-    return Dataset(path, manifest, arrays["items"], arrays["offsets"], arrays.get("times"), arrays.get("ratings"))
+    return Dataset(
+        path, manifest, *(arrays.get(name) for name in ("items", "offsets", "times", "ratings", "cold_items"))
+    )
 
 
 def write_dataset(
@@ -235,52 +267,97 @@ def write_dataset(
     offsets: Integer[np.ndarray, " offsets"],
     times: Integer[np.ndarray, " n_interactions"] | None,
     ratings: np.ndarray | None,
-    user_keys: Sequence[str],
-    item_keys: Sequence[str],
-    titles: Sequence[str | None],
-    descriptions: Sequence[str | None],
-    categories: Sequence[Sequence[str]],
+    user_keys: Texts,
+    item_keys: Texts,
+    titles: Texts,
+    descriptions: Texts,
+    categories: Texts,
+    brands: Texts | None = None,
+    cold_items: Integer[np.ndarray, "n_cold 3"] | None = None,
+    cold_keys: Texts = (),
+    seed: int = 0,
+    no_cold_users: str | None = None,
     manifest: Mapping | None = None,
 ) -> Dataset:
     """Writes a prepared data set and opens it. All or nothing: a temporary folder beside it, then one rename.
 
-    The keys and texts are those of users 1.. and items 1.. (no entry for 0). `manifest` is added to the manifest file.
-    Raises `UserError` if `path` exists and is not empty, or cannot be written.
+    The keys and texts (sequences, or polars columns) are those of users 1.. and items 1.. (no entry for 0).
+
+    Args:
+      cold_items, cold_keys: the cold users' items, and the cold users' original ids.
+      seed: of the scenarios that draw users.
+      no_cold_users: why the recipe can leave no cold users.
+      manifest: is added to the manifest file.
+    Raises:
+      UserError: `path` exists and is not empty, or cannot be written.
     """
+    import polars as pl
+
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already: choose another folder or delete it")
+    cold_items = np.zeros((0, 3)) if cold_items is None else cold_items
     arrays = {
         "items": np.ascontiguousarray(items, "<i4"),
         "offsets": np.ascontiguousarray(offsets, "<i8"),
+        "cold_items": np.ascontiguousarray(cold_items, "<i4"),
         "times": None if times is None else np.ascontiguousarray(times, "<i8"),
         "ratings": None if ratings is None else np.ascontiguousarray(ratings, "<f4"),
     }
-    _check_consistent(arrays, len(user_keys), len(item_keys), (titles, descriptions, categories))
+    users = pl.concat([_column("key", user_keys), _column("key", cold_keys)]).to_frame()
+    texts = {"key": item_keys, "title": titles, "description": descriptions, "categories": categories}
+    texts["brand"] = [None] * len(item_keys) if brands is None else brands
+    if len({len(column) for column in texts.values()}) > 1:
+        raise ValueError("keys and texts of the items differ in number")
+    item_table = pl.DataFrame([_column(*column) for column in texts.items()])
+    _check_consistent(arrays, len(user_keys), len(cold_keys), len(item_keys))
+    counts = {
+        "users": len(user_keys),
+        "items": len(item_keys),
+        "interactions": len(items),
+        "cold_users": len(cold_keys),
+    }
+    has_text = pl.col("title").is_not_null() | pl.col("description").is_not_null()
+    found = scenarios.make(
+        Dataset(
+            path, {"counts": counts}, *(arrays[key] for key in ("items", "offsets", "times", "ratings", "cold_items"))
+        ),
+        seed=seed,
+        with_text=item_table.select(has_text.sum()).item(),
+        with_category=item_table.select((pl.col("categories").list.len() > 0).sum()).item(),
+        cold_users=no_cold_users,
+    )
     contents = {
         "format": FORMAT,
         "name": name,
-        "counts": {"users": len(user_keys), "items": len(item_keys), "interactions": len(items)},
-        "has": {key: arrays[key] is not None for key in ("times", "ratings")},
-        "fingerprint": _fingerprint(arrays, user_keys, item_keys, titles, descriptions, categories),
+        "seed": seed,
+        "no_cold_users": no_cold_users,
+        "counts": counts,
+        "has": {key: arrays[key] is not None for key in _OPTIONAL},
+        "scenarios": {
+            key: {
+                "users": len(scenario.users),
+                "has_items": scenario.items is not None,
+                "facts": scenario.facts,
+                "reason": scenario.reason,
+            }
+            for key, scenario in found.items()
+        },
+        "fingerprint": _fingerprint(arrays, users, item_table),
         **(manifest or {}),
     }
     temporary = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
+        (temporary / "scenarios").mkdir(parents=True)
         for key, array in arrays.items():
             if array is not None:
                 np.save(temporary / f"{key}.npy", array)
-        _write_columns(temporary / "users.parquet", {"key": list(user_keys)})
-        _write_columns(
-            temporary / "items.parquet",
-            {
-                "key": list(item_keys),
-                "title": list(titles),
-                "description": list(descriptions),
-                "categories": [list(entry) for entry in categories],
-            },
-        )
+        for key, scenario in found.items():
+            np.save(temporary / "scenarios" / f"{key}.users.npy", scenario.users)
+            if scenario.items is not None:
+                np.save(temporary / "scenarios" / f"{key}.items.npy", scenario.items)
+        _write_table(temporary / "users.parquet", users)
+        _write_table(temporary / "items.parquet", item_table)
         (temporary / MANIFEST).write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
@@ -298,8 +375,8 @@ def _check_split(split: str) -> None:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
 
 
-def _check_consistent(arrays, n_users: int, n_items: int, texts: Iterable[Sequence]) -> None:
-    items, offsets = arrays["items"], arrays["offsets"]
+def _check_consistent(arrays, n_users: int, n_cold: int, n_items: int) -> None:
+    items, offsets, cold = arrays["items"], arrays["offsets"], arrays["cold_items"]
     sound = (
         len(items) > 0
         and len(offsets) == n_users + 2
@@ -308,41 +385,68 @@ def _check_consistent(arrays, n_users: int, n_items: int, texts: Iterable[Sequen
         and (np.diff(offsets) >= 0).all()
         and items.min() >= 1
         and items.max() <= n_items
-        and all(len(text) == n_items for text in texts)
-        and all(arrays[key] is None or len(arrays[key]) == len(items) for key in ("times", "ratings"))
+        and cold.shape == (n_cold, 3)
+        and cold.min(initial=1) >= 1
+        and cold.max(initial=1) <= n_items
+        and all(arrays[key] is None or len(arrays[key]) == len(items) for key in _OPTIONAL)
     )
     if not sound:
         raise ValueError("items, offsets, keys and texts of the data set do not fit together")
 
 
-def _fingerprint(arrays, user_keys, item_keys, titles, descriptions, categories) -> str:
-    digest = hashlib.sha256(b"allmrec dataset 1\n")
-    for name in ("items", "offsets", "times", "ratings"):
+def _column(name: str, values: Texts):
+    """A polars column; of strings, but for `categories`, of lists of strings."""
+    import polars as pl
+
+    kind = pl.List(pl.String) if name == "categories" else pl.String
+    if isinstance(values, pl.Series):
+        return values.cast(kind).alias(name)
+    return pl.Series(name, [list(entry) for entry in values] if name == "categories" else list(values), dtype=kind)
+
+
+def _fingerprint(arrays, users, items) -> str:
+    """sha256 of arrays (little-endian), then of each text column: lengths in bytes (-1: none), and the text itself."""
+    digest = hashlib.sha256(b"allmrec dataset 2\n")
+    for name in (*_REQUIRED, *_OPTIONAL):
         array = arrays[name]
-        digest.update(f"{name} {'none' if array is None else len(array)}\n".encode())
-        if array is not None:
+        digest.update(f"{name} {'none' if array is None else array.shape}\n".encode())
+        if array is not None and array.size:
             digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
-    for key in user_keys:
-        digest.update(json.dumps(key).encode() + b"\n")
-    for entry in zip(item_keys, titles, descriptions, map(list, categories), strict=True):
-        digest.update(json.dumps(entry).encode() + b"\n")
+    for table in (users, items):
+        for column in table.iter_columns():
+            digest.update(f"{column.name} {len(column)}\n".encode())
+            if column.name == "categories":
+                digest.update(column.list.len().fill_null(0).to_numpy().astype("<i8").tobytes())
+                column = column.list.explode(empty_as_null=False, keep_nulls=False)
+            digest.update(column.str.len_bytes().cast(int).fill_null(-1).to_numpy().astype("<i8").tobytes())
+            digest.update((column.drop_nulls().str.join("").item() or "").encode())
     return digest.hexdigest()
 
 
-def _read_columns(path: Path) -> dict[str, list]:
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged: delete its folder and prepare the data set again") from error
+
+
+def _read_table(path: Path):
     import polars as pl
 
     try:
-        return pl.read_parquet(path).to_dict(as_series=False)
+        return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{path} is damaged: delete its folder and prepare the data set again") from error
 
 
-def _write_columns(path: Path, columns: Mapping[str, list]) -> None:
+def _read_columns(path: Path) -> dict[str, list]:
+    return _read_table(path).to_dict(as_series=False)
+
+
+def _write_table(path: Path, table) -> None:
     import polars as pl
 
-    kinds = {"key": pl.String, "title": pl.String, "description": pl.String, "categories": pl.List(pl.String)}
     try:
-        pl.DataFrame(columns, schema={name: kinds[name] for name in columns}).write_parquet(path)
+        table.write_parquet(path)
     except pl.exceptions.PolarsError as error:
         raise OSError(str(error)) from error

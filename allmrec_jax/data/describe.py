@@ -22,6 +22,7 @@ def summary(dataset: Dataset) -> dict:
     named = [title for title in titles if title]
     figures = {
         "users": dataset.n_users,
+        "cold_users": len(dataset.cold_items),
         "items": dataset.n_items,
         "interactions": dataset.n_interactions,
         "density": dataset.n_interactions / (dataset.n_users * dataset.n_items),
@@ -46,6 +47,7 @@ def summary(dataset: Dataset) -> dict:
 def describe(dataset: Dataset):
     """A rich renderable: counts, lengths, texts, repeats, time span, and every row of the input accounted for."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
     figures = summary(dataset)
@@ -69,22 +71,64 @@ def describe(dataset: Dataset):
         days = (datetime.fromtimestamp(figures[key], UTC).date().isoformat() for key in ("first_time", "last_time"))
         rows.append(("time span", " to ".join(days)))
         rows.append(("interactions at the same second as the user's one before", f"{figures['equal_times']:,}"))
+    for key, what in (
+        ("junk_titles", "titles that were scrape junk"),
+        ("without_row", "items that the metadata do not have"),
+        ("repeated_rows", "repeated rows in the metadata"),
+    ):
+        if dataset.manifest.get("texts", {}).get(key):
+            rows.append((what, f"{dataset.manifest['texts'][key]:,}"))
     settings = dataset.manifest.get("settings", {})
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
     rows.append(("fingerprint", dataset.fingerprint[:16]))
     for row in rows:
         table.add_row(*row)
 
+    parts = [table, _scenario_table(dataset)]
     account = dataset.manifest.get("rows")
     if account is None:
-        return table
+        return Group(*parts)
     balance = Table("rows of the input", "count", title="what was dropped and why", title_justify="left")
     balance.columns[1].justify = "right"
     balance.add_row("read", f"{account['read']:,}")
     for entry in account["dropped"]:
         balance.add_row(f"dropped: {entry['reason']}", f"{-entry['rows']:,}")
     balance.add_row("kept", f"{account['kept']:,}")
-    return Group(table, balance)
+    if cold := len(dataset.cold_items):
+        balance.add_row(f"of those dropped: of {cold:,} cold users, kept apart", f"{3 * cold:,}")
+    examples = [f"left out: {example}" for example in dataset.manifest.get("unusable_lines", ())]
+    return Group(*parts, balance, *map(escape, examples))
+
+
+def _scenario_table(dataset: Dataset):
+    """Each scenario's users, and its bounds or the reason why it does not apply."""
+    from rich.table import Table
+
+    table = Table("scenario", "users", "what", title="scenarios", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, entry in dataset.manifest["scenarios"].items():
+        if entry["reason"] is not None:
+            table.add_row(name, "", f"not applicable: {entry['reason']}")
+        else:
+            table.add_row(name, f"{entry['users']:,}", _facts(name, entry["facts"], dataset.manifest["seed"]))
+    return table
+
+
+def _facts(name: str, facts: dict, seed: int) -> str:
+    if "rule" in facts:
+        bounds = f"{facts['least']:,} to {facts['most']:,}"
+        by_rule = f"{facts['items_by_rule']:,} items, {facts['users_by_rule']:,} users"
+        return f"{facts['items']:,} items of {bounds} training interactions; by the rule {facts['rule']}: {by_rule}"
+    if name == "cold-users":
+        where = "removed by the k-core, kept apart" if facts["kept_apart"] else "in no training example"
+        return f"three interactions each, {where}"
+    if name.startswith("few-shot"):
+        return f"trained on, drawn with seed {seed}; tested: the {facts['tested']:,} of overall"
+    if name == "cross-domain":
+        return f"as the target of another data set's model; {facts['items_with_text']:,} items have a text"
+    if name == "genres":
+        return f"{facts['items_with_category']:,} items have a category"
+    return "with a test item"
 
 
 def sources_table():
@@ -98,10 +142,7 @@ def sources_table():
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for source in sources.KNOWN.values():
-        if source.manual:
-            where = f"by hand: {source.manual}"
-        else:
-            cached = "the local cache (it is there)" if sources.is_cached(source.name) else "the local cache"
-            where = "from " + ", else ".join([cached, *(place.label for place in source.places)])
+        cached = "the local cache (it is there)" if sources.is_cached(source.name) else "the local cache"
+        where = "from " + ", else ".join([cached, *(place.label for place in source.places)])
         table.add_row(source.name, escape(f"{source.title}\n{source.home}\n{source.terms}\n{where}"))
     return table

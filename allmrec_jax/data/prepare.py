@@ -1,85 +1,182 @@
 """Raw files -> prepared data set: read, filter by recipe, number, order, clean the texts, write."""
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 
-from allmrec_jax.data import recipes, sources
+from allmrec_jax.data import amazon, movielens, recipes, sources, tables, text
 from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset, write_dataset
-from allmrec_jax.data.describe import describe
+from allmrec_jax.data.raw import MAX_BAD_LINES, Raw, Skipped, describe_inputs, in_seconds
 from allmrec_jax.errors import UserError
+from allmrec_jax.progress import say
 
-__all__ = ["describe", "prepare"]
+
+@dataclass(frozen=True)
+class Files:
+    """Raw files given one by one: Amazon's `reviews` and `metadata`, or a table of one's own and its `items`."""
+
+    reviews: Path | None = None
+    metadata: Path | None = None
+    interactions: Path | None = None
+    items: Path | None = None
+    columns: Mapping[str, str] | None = None  # our names -> the tables' names
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for path in (self.reviews, self.metadata, self.interactions, self.items) if path is not None]
+
+    @property
+    def name(self) -> str:
+        """Of the file that holds the interactions, without its endings: `Luxury_Beauty`."""
+        return self.paths[0].name.split(".")[0]
 
 
 def prepare(
-    name_or_path: str,
+    source: str | Files,
     out: Path,
     *,
+    name: str | None = None,
     recipe: str = "clean",
     strip_years: bool = False,
-    k_core: int = 5,
+    k_core: int | None = None,
     min_positive_rating: float | None = None,
+    seed: int = 0,
+    max_bad_lines: int = MAX_BAD_LINES,
     cache: Path | None = None,
     console=None,
 ) -> Dataset:
-    """Prepares a named data set (see `sources.KNOWN`), or a folder of raw files, into `out`.
+    """Prepares a named data set (see `sources.KNOWN`), a folder of raw files, or single files, into `out`.
 
     If `out` already holds the same data prepared with the same settings, that is opened and nothing is done; anything
     else in `out` is left alone and is an error. Ids are given in order of first appearance among the rows that stay; a
-    user's rows are in time order, rows of equal time in the input's order.
+    user's rows are in time order, rows of equal time in the input's order. Under "as-is", ids that are 1, 2, ... keep
+    their numbers.
 
     Args:
-      recipe: "clean", or "reference" (the public code's rules, which fix their own thresholds).
+      name: of the data set, by default that of the source; the reference recipe's thresholds depend on it.
+      recipe: "clean"; "reference", the public code's rules, which fix their own thresholds; or "as-is".
       strip_years: take " (1995)" off the end of titles, which makes prompts shorter.
-      k_core: every user and item keeps at least this many interactions ("clean" only).
-      min_positive_rating: drop interactions rated lower ("clean" only).
+      k_core: every user and item keeps at least this many interactions ("clean" only; default `recipes.defaults`).
+      min_positive_rating: drop interactions rated lower ("clean" only; default `recipes.defaults`).
+      seed: of the scenarios that draw users.
+      max_bad_lines: lines that cannot be used are counted and left out, up to so many.
     Raises:
       UserError: unknown name, damaged or unusable input, nothing left, `out` taken or not writable.
     """
     out = Path(out)
     if recipe not in recipes.RECIPES:
-        raise UserError(f"there is no data recipe {recipe!r}: choose {' or '.join(recipes.RECIPES)}")
-    if recipe == "reference" and min_positive_rating is not None:
-        raise UserError("min_positive_rating belongs to the clean recipe: the reference recipe has a rule of its own")
-    if k_core < 1:
+        raise UserError(f"there is no data recipe {recipe!r}: choose {', '.join(recipes.RECIPES)}")
+    if recipe != "clean":
+        for option, value in (("k_core", k_core), ("min_positive_rating", min_positive_rating)):
+            if value is not None:
+                raise UserError(f"{option} belongs to the clean recipe, not to the recipe {recipe}")
+    if k_core is not None and k_core < 1:
         raise UserError(f"k_core is {k_core}: it must be at least 1")
-    settings = {"source": str(name_or_path), "recipe": recipe, "strip_years": strip_years}
+    named = isinstance(source, str) and source in sources.KNOWN
+    source_name = source.name if isinstance(source, Files) else source if named else Path(source).resolve().name
+    settings = {"source": source_name, "name": name or source_name, "recipe": recipe, "strip_years": strip_years}
     if recipe == "clean":
-        settings |= {"k_core": k_core, "min_positive_rating": min_positive_rating}
-    named = name_or_path in sources.KNOWN
-    if not named:
-        settings["source"] = Path(name_or_path).resolve().name
+        given = {"k_core": k_core, "min_positive_rating": min_positive_rating}
+        default = recipes.defaults(_spoken(settings["name"]))
+        settings |= {key: default[key] if value is None else value for key, value in given.items()}
+    settings["seed"] = seed
     existing = _existing(out)
     if existing is not None and named and existing["settings"] == settings:
         return open_dataset(out)
     _refuse(existing, settings, out)
 
     try:
-        raw = _read(str(name_or_path), cache, console)
+        reader = _reader(source, cache, console)
+        inputs = describe_inputs(reader.paths)
+        if existing is not None:  # the same settings; the files may have changed since
+            if existing["inputs"] == inputs:
+                return open_dataset(out)
+            raise UserError(
+                f"{out} was prepared from other contents of {source_name}: choose another --out or delete it"
+            )
+        raw = reader.read(Skipped(max_bad_lines), console)
+        return _prepare(raw, settings, inputs, out, console)
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or name_or_path}: {error.strerror or error}") from error
-    if existing is not None:  # the same settings; a folder's files may have changed since
-        if existing["inputs"] == raw.inputs:
-            return open_dataset(out)
-        raise UserError(f"{out} was prepared from other contents of {name_or_path}: choose another --out or delete it")
-    return _prepare(raw, settings, out)
+        raise UserError(f"cannot read {error.filename or source_name}: {error.strerror or error}") from error
 
 
-def _prepare(raw, settings: dict, out: Path) -> Dataset:
-    frame = raw.interactions
-    users, user_names = _codes(frame["user"])
-    items, item_names = _codes(frame["item"])
+@dataclass(frozen=True)
+class _Reader:
+    paths: list[Path]
+    read: Callable[[Skipped, Any], Raw]  # (bad lines, console)
+
+
+def _reader(source: str | Files, cache: Path | None, console) -> _Reader:
+    """What reads the source; whatever is missing is said here, before anything is read."""
+    if isinstance(source, Files):
+        for path in source.paths:
+            if not path.is_file():
+                raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+        if source.reviews is not None:
+            return _Reader(source.paths, lambda skipped, c: amazon.read(source.reviews, source.metadata, skipped, c))
+        return _Reader(
+            source.paths,
+            lambda skipped, c: tables.read(
+                source.interactions, source.items, skipped, columns=source.columns, console=c
+            ),
+        )
+    if source in sources.KNOWN:
+        if sources.KNOWN[source].kind != "data":
+            raise UserError(f"{source} is {sources.KNOWN[source].kind}, not a data set: {_data_sets()}")
+        return _folder(sources.fetch(source, cache=cache, console=console))
+    path = Path(source).expanduser()
+    if not path.exists():
+        if path.name == source:
+            sources.known(source)  # raises, with the closest name
+        raise UserError(f"{source} does not exist; {_data_sets()}")
+    return _folder(path if path.is_dir() else path.parent)
+
+
+def _folder(folder: Path) -> _Reader:
+    if release := movielens.find(folder):
+        paths = [folder / file for file in release.files]
+        return _Reader(paths, lambda skipped, console: movielens.read(folder, console))
+    if found := amazon.find(folder):
+        paths = [path for path in found if path is not None]
+        return _Reader(paths, lambda skipped, console: amazon.read(*found, skipped, console))
+    raise UserError(
+        f"{folder} holds no data set that is known by its files (MovieLens: {movielens.or_files()}; Amazon: "
+        "NAME.json.gz and meta_NAME.json.gz); name single files with --reviews, --metadata or --interactions, --items"
+    )
+
+
+def _prepare(raw: Raw, settings: dict, inputs: list[dict], out: Path, console) -> Dataset:
+    frame, skipped, recipe = raw.interactions, raw.skipped, settings["recipe"]
+    users, items = (frame[column].to_physical().to_numpy() for column in ("user", "item"))
     times = None if frame["time"].null_count() == frame.height else frame["time"].to_numpy()
     ratings = None if frame["rating"].null_count() == frame.height else frame["rating"].to_numpy()
+    per_second = in_seconds(frame["time"])
+    user_names, item_names = frame["user"], frame["item"]
+    del frame
+    if skipped.count and console is not None:
+        say(console, f"{skipped.count:,} unusable lines left out, the first: {skipped.examples[0]}")
 
-    if settings["recipe"] == "clean":
+    cold = np.zeros(len(users), bool)
+    no_cold_users = None
+    if recipe == "clean":
         thresholds = {key: settings[key] for key in ("k_core", "min_positive_rating")}
-        keep, dropped = recipes.clean(users, items, times, ratings, **thresholds)
+        keep, dropped, cleaned = recipes.clean(users, items, times, ratings, **thresholds)
+        if settings["k_core"] > 3:
+            cold = recipes.cold_rows(users, items, cleaned, keep)
+            if not cold.any():
+                no_cold_users = "no user that the k-core removed has exactly three interactions, all of items that stay"
+        else:
+            no_cold_users = f"with k_core {settings['k_core']} a user of three interactions belongs to the core"
+    elif recipe == "reference":
+        keep, dropped = recipes.reference(users, items, ratings, name=_spoken(settings["name"]))
     else:
-        keep, dropped = recipes.reference(users, items, ratings, name=settings["source"])
+        keep, dropped = np.ones(len(users), bool), []
     kept = int(keep.sum())
     if kept + sum(entry["rows"] for entry in dropped) != len(keep):
         raise AssertionError("the rows dropped and kept do not add up to the input's")
@@ -87,27 +184,45 @@ def _prepare(raw, settings: dict, out: Path) -> Dataset:
         reasons = ", ".join(f"{entry['rows']:,}: {entry['reason']}" for entry in dropped if entry["rows"])
         raise UserError(f"none of the {len(keep):,} rows is left ({reasons}): lower k_core or the rating limit")
 
-    user_ids, user_codes = recipes.number(users[keep])
-    item_ids, item_codes = recipes.number(items[keep])
-    times, ratings = (None if column is None else column[keep] for column in (times, ratings))
+    rows = np.flatnonzero(keep)
+    user_ids, user_first = recipes.number(users[rows])
+    item_ids, item_first = recipes.number(items[rows])
+    user_keys = user_names.gather(rows[user_first]).cast(pl.String)
+    item_keys = item_names.gather(rows[item_first]).cast(pl.String)
+    cold_items, cold_keys = _cold(users, items, times, cold, items[rows[item_first]], user_names)
+    if recipe == "as-is":
+        user_ids, user_keys = _as_numbered(user_ids, user_keys)
+        item_ids, item_keys = _as_numbered(item_ids, item_keys)
+    times, ratings = (None if column is None else column[rows] for column in (times, ratings))
+    del users, items, user_names, item_names, keep, cold
     order = recipes.in_order(user_ids, times)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_ids, minlength=len(user_codes) + 1))])
-    item_keys = item_names.gather(item_codes)
-    texts, text_counts = _texts(raw.items, item_keys, settings)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_ids, minlength=len(user_keys) + 1))])
+    item_rows = raw.items(item_keys)
+    texts, text_counts = text.item_texts(item_rows, item_keys, recipe=recipe, strip_years=settings["strip_years"])
+    if skipped.count:
+        dropped = [{"reason": "line that cannot be used", "rows": skipped.count}, *dropped]
     return write_dataset(
         out,
-        name=settings["source"],
+        name=settings["name"],
         items=item_ids[order],
         offsets=offsets,
-        times=None if times is None else times[order],
+        times=None if times is None else times[order] // per_second,
         ratings=None if ratings is None else ratings[order],
-        user_keys=user_names.gather(user_codes).to_list(),
-        item_keys=item_keys.to_list(),
-        **texts,
+        user_keys=user_keys,
+        item_keys=item_keys,
+        titles=texts["title"],
+        descriptions=texts["description"],
+        categories=texts["categories"],
+        brands=texts["brand"],
+        cold_items=cold_items,
+        cold_keys=cold_keys,
+        seed=settings["seed"],
+        no_cold_users=no_cold_users,
         manifest={
             "settings": settings,
-            "inputs": raw.inputs,
-            "rows": {"read": len(keep), "dropped": dropped, "kept": kept},
+            "inputs": inputs,
+            "rows": {"read": raw.rows, "dropped": dropped, "kept": kept},
+            "unusable_lines": skipped.examples,
             "texts": text_counts,
             "tie_rule": "rows of one user with equal time stay in the input's order",
             "versions": _versions(),
@@ -115,44 +230,38 @@ def _prepare(raw, settings: dict, out: Path) -> Dataset:
     )
 
 
-def _texts(items, item_keys, settings: dict) -> tuple[dict, dict]:
-    """Titles, descriptions and categories of the items, in id order, and what became of them."""
-    from allmrec_jax.data import text
+def _cold(users, items, times, cold, item_codes, user_names) -> tuple[np.ndarray, list[str]]:
+    """The cold users' three items each, in time order, and the users' original ids, in order of first appearance.
 
-    table = item_keys.to_frame("item").join(items, on="item", how="left", maintain_order="left")
-    titles, descriptions, junk = table["title"], table["description"], 0
-    if settings["recipe"] == "clean":
-        titles, junk = text.clean_titles(titles)
-        descriptions = text.clean_text(descriptions)
-    if settings["strip_years"]:
-        titles = text.strip_years(titles)
-    counts = {
-        "without_title": titles.null_count(),
-        "junk_titles": junk,
-        "without_description": descriptions.null_count(),
-    }
-    return {
-        "titles": titles.to_list(),
-        "descriptions": descriptions.to_list(),
-        "categories": [entry or [] for entry in table["categories"].to_list()],
-    }, counts
+    item_codes: the code of item id 1, 2, ...
+    """
+    rows = np.flatnonzero(cold)
+    if not len(rows):
+        return np.zeros((0, 3), np.int32), []
+    ids, first = recipes.number(users[rows])
+    order = recipes.in_order(ids, None if times is None else times[rows])
+    to_id = np.zeros(int(items.max()) + 1, np.int32)
+    to_id[item_codes] = np.arange(1, len(item_codes) + 1)
+    return to_id[items[rows[order]]].reshape(-1, 3), user_names.gather(rows[first]).cast(pl.String).to_list()
 
 
-def _read(name_or_path: str, cache: Path | None, console):
-    from allmrec_jax.data import movielens
+def _as_numbered(ids: np.ndarray, keys: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    """Ids that are their own keys, if the keys are the whole numbers 1 .. n; otherwise as they were."""
+    numbers = keys.cast(pl.Int64, strict=False)
+    if (
+        numbers.null_count()
+        or numbers.min() != 1
+        or numbers.max() != len(keys)
+        or (numbers.cast(pl.String) != keys).any()
+    ):
+        return ids, keys
+    by_number = np.concatenate([[0], numbers.to_numpy()])
+    return by_number[ids], pl.Series(range(1, len(keys) + 1)).cast(pl.String)
 
-    if name_or_path in sources.KNOWN:
-        source = sources.KNOWN[name_or_path]
-        if source.kind != "data":
-            raise UserError(f"{name_or_path} is {source.kind}, not a data set: {_data_sets()}")
-        return movielens.read(sources.fetch(name_or_path, cache=cache, console=console))
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        if path.name == name_or_path:
-            sources.known(name_or_path)  # raises, with the closest name
-        raise UserError(f"{name_or_path} does not exist; {_data_sets()}")
-    folder = path if path.is_dir() else path.parent
-    return movielens.read(folder)
+
+def _spoken(name: str) -> str:
+    """A named data set as Amazon writes it, so that `amazon-2018-luxury-beauty` contains `Beauty`."""
+    return name.title() if name in sources.KNOWN else name
 
 
 def _data_sets() -> str:
@@ -176,15 +285,6 @@ def _refuse(existing: dict | None, settings: dict, out: Path) -> None:
     old = existing["settings"]
     other = ", ".join(f"{key}={old.get(key)}" for key in {**settings, **old} if settings.get(key) != old.get(key))
     raise UserError(f"{out} was prepared with {other}: choose another --out or delete it")
-
-
-def _codes(column) -> tuple[np.ndarray, "object"]:
-    """Integer codes of a string column, and the strings they stand for."""
-    import polars as pl
-
-    names = column.unique(maintain_order=True)
-    codes = column.replace_strict(names, pl.Series(range(len(names)), dtype=pl.Int64), return_dtype=pl.Int64)
-    return codes.to_numpy(), names
 
 
 def _versions() -> dict[str, str]:

@@ -1,31 +1,78 @@
-"""What every reader gives: the rows of the input, unfiltered, in the input's order."""
+"""What every reader gives: the interactions of the input in its order, and the texts of the items asked for.
+
+A reader goes through a file in blocks of lines. A block is parsed as a whole by polars; only a block in which anything
+is amiss is parsed again, line by line, so that the line can be named, and counted as skipped.
+"""
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
+from allmrec_jax.data.lines import Block, blocks
 from allmrec_jax.errors import UserError
+from allmrec_jax.progress import Downloads
 
-INTERACTIONS = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "time": pl.Int64}
-ITEMS = {"item": pl.String, "title": pl.String, "description": pl.String, "categories": pl.List(pl.String)}
+KINDS = {"user": pl.String, "item": pl.String, "rating": pl.Float64, "time": pl.Int64}
+"""Columns of the interactions as they are parsed. Times are seconds or milliseconds since 1970."""
+
+ITEMS = {
+    "item": pl.String,
+    "title": pl.String,
+    "description": pl.List(pl.String),
+    "plain": pl.Boolean,
+    "categories": pl.List(pl.String),
+    "brand": pl.String,
+}
+"""Columns of item texts: a description is its paragraphs; `plain` if the input has it as one string, not a list."""
+
+MAX_BAD_LINES = 100
+_MILLISECONDS = 10**11  # a time above this is in milliseconds: as seconds it would lie in the year 5138 or later
+_SHOWN = 5
+
+
+@dataclass
+class Skipped:
+    """Lines that cannot be used: counted, the first few kept for the report. More than `limit` of them are an error."""
+
+    limit: int = MAX_BAD_LINES
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, number: int, problem: str, *, unit: str = "line") -> None:
+        """Notes one. Raises `UserError` if it is one too many."""
+        self.count += 1
+        where = f"{unit} {number:,}: {problem}"
+        if self.count <= _SHOWN:
+            self.examples.append(f"{path.name} {where}")
+        if self.count > self.limit:
+            before = f" ({self.limit:,} unusable {unit}s before it; --max-bad-lines allows more)" if self.limit else ""
+            raise UserError(f"{path} {where}{before}")
 
 
 @dataclass(frozen=True, eq=False)
 class Raw:
     """One raw data set.
 
-    interactions: columns `INTERACTIONS`, one row a line of the input, in its order; `rating` and `time` (seconds since
-      1970) are null throughout where the input has none.
-    items: columns `ITEMS`, one row an item, as the input has them; texts are null where it has none.
-    inputs: name, size and sha256 of every file read.
+    interactions: `user` and `item` (categorical: each distinct id has a code), `rating` and `time`, which are null
+      throughout where the input has none; one row an interaction, in the input's order.
+    items: distinct ids -> columns `ITEMS`: what the input says of these items, in its order; an item may come several
+      times, or never.
+    skipped: the lines left out.
     """
 
     interactions: pl.DataFrame
-    items: pl.DataFrame
-    inputs: list[dict]
+    items: Callable[[pl.Series], pl.DataFrame]
+    skipped: Skipped
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input, those skipped included."""
+        return self.interactions.height + self.skipped.count
 
 
 def describe_inputs(paths: Iterable[Path]) -> list[dict]:
@@ -38,35 +85,167 @@ def describe_inputs(paths: Iterable[Path]) -> list[dict]:
     return inputs
 
 
-def check_interactions(frame: pl.DataFrame, file: Path, what: str = "line") -> pl.DataFrame:
-    """The frame cast to `INTERACTIONS`, row i being line i + 1 of `file`.
+def no_items(_: pl.Series) -> pl.DataFrame:
+    """The texts of an input that has none."""
+    return pl.DataFrame(schema=ITEMS)
 
-    Raises `UserError` naming the first line without a user, an item or a time that is a number of at least 0, or whose
-    rating is not a number. A column that is null throughout means that the input does not have it.
+
+# --------------------------------------------------------------------------------------------------- interactions
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A format of one interaction a line.
+
+    parse: a block's bytes -> its rows with the columns `KINDS` that the input has, or raises a polars error; one row
+      for each line.
+    parse_line: one line -> {"user": ..., ...}; raises ValueError saying what is wrong.
+    header: number of lines to leave out at the beginning.
     """
-    if frame.height == 0:
-        raise UserError(f"{file} holds no interactions")
-    cast = frame.select(pl.col(name).cast(kind, strict=False) for name, kind in INTERACTIONS.items())
-    sound = {name: pl.col(name).is_not_null() for name in ("user", "item")}
-    if frame["time"].null_count() < frame.height:
-        sound["time"] = pl.col("time").is_not_null() & (pl.col("time") >= 0)
-    if frame["rating"].null_count() < frame.height:
-        sound["rating"] = pl.col("rating").is_finite().fill_null(False)
-    for name, good in sound.items():
-        bad = cast.select(good.not_().arg_true()).to_series()
-        if len(bad):
-            row = int(bad[0])
-            more = f" (and {len(bad) - 1:,} more)" if len(bad) > 1 else ""
-            raise UserError(f"{file} {what} {row + 1:,}{more}: {frame[name][row]!r} is not a valid {name}")
-    return cast
+
+    parse: Callable[[bytes], pl.DataFrame]
+    parse_line: Callable[[bytes], Mapping[str, object]]
+    header: int = 0
 
 
-def check_items_known(raw_interactions: pl.DataFrame, items: pl.DataFrame, file: Path, items_file: Path, what="line"):
-    """Raises `UserError` naming the first interaction with an item that the item file does not have."""
-    unknown = raw_interactions.select(pl.col("item").is_in(items["item"].implode()).not_().arg_true()).to_series()
-    if len(unknown):
-        row = int(unknown[0])
-        raise UserError(
-            f"{file} {what} {row + 1:,} names item {raw_interactions['item'][row]!r}, which {items_file.name} does not "
-            f"have ({len(unknown):,} such rows): is {items_file.name} complete?"
-        )
+def read_interactions(path: Path, lines: Lines, skipped: Skipped, console=None) -> pl.DataFrame:
+    """Every sound line of a file as `Raw.interactions`.
+
+    Raises:
+      UserError: damaged gzip data, too many unusable lines, or no interaction at all.
+    """
+    builder = Interactions(path)
+    with reading(path, console) as at:
+        for block in blocks(path):
+            data, start = block.data, 0
+            if block.first == 1 and lines.header:
+                for _ in range(lines.header):
+                    start = data.find(b"\n", start) + 1 or len(data)
+                data = data[start:]
+            at(block.read)
+            if data:
+                rows = block.lines - (lines.header if block.first == 1 else 0)
+                builder.add(_parsed(path, Block(data, block.first + block.lines - rows, rows, 0), lines, skipped))
+    return builder.frame()
+
+
+def _parsed(path: Path, block: Block, lines: Lines, skipped: Skipped) -> pl.DataFrame:
+    try:
+        frame = lines.parse(block.data)
+        if frame.height == block.lines and frame.select(_sound(frame.columns).all()).item():
+            return frame
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        pass
+    rows: list[dict[str, object]] = []
+    for number, line in block:
+        try:
+            rows.append({name: CHECKS[name](value) for name, value in lines.parse_line(line).items()})
+        except ValueError as error:
+            skipped.add(path, number, str(error))
+    return pl.DataFrame(rows, schema={name: kind for name, kind in KINDS.items() if rows and name in rows[0]})
+
+
+def _sound(columns: Iterable[str]) -> pl.Expr:
+    rules = {
+        "user": pl.col("user") != "",
+        "item": pl.col("item") != "",
+        "rating": pl.col("rating").is_finite(),
+        "time": pl.col("time") >= 0,
+    }
+    return pl.all_horizontal(rules[name].fill_null(False) for name in columns)
+
+
+class Interactions:
+    """Gathers the rows of `Raw.interactions` part by part; ids become codes at once, which are small."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._parts: list[pl.DataFrame] = []
+        self._ids = {name: pl.Categorical(pl.Categories.random()) for name in ("user", "item")}
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Adds rows whose columns are `KINDS`, without those that the input does not have."""
+        if frame.height:
+            missing = [pl.lit(None, KINDS[name]).alias(name) for name in KINDS if name not in frame.columns]
+            ids = [pl.col(name).cast(kind) for name, kind in self._ids.items()]
+            self._parts.append(
+                frame.with_columns(*ids, *missing).select(*KINDS).with_columns(pl.col("rating").cast(pl.Float32))
+            )
+
+    def frame(self) -> pl.DataFrame:
+        """All rows. Raises `UserError` if there are none."""
+        if not self._parts:
+            raise UserError(f"{self.path} holds no interactions")
+        return pl.concat(self._parts)
+
+
+def check_rows(path: Path, frame: pl.DataFrame, skipped: Skipped, unit: str = "row") -> pl.DataFrame:
+    """The sound rows of a table whose columns are some of `KINDS`, cast to them; row i is row i + 1 of the file."""
+    cast = frame.select(pl.col(name).cast(KINDS[name], strict=False) for name in frame.columns)
+    sound = cast.select(_sound(cast.columns)).to_series()
+    for row in sound.not_().arg_true():
+        for name in cast.columns:
+            try:
+                CHECKS[name](frame[name][row])
+            except ValueError as error:
+                skipped.add(path, row + 1, str(error), unit=unit)
+                break
+        else:
+            skipped.add(path, row + 1, "it cannot be read", unit=unit)
+    return cast.filter(sound)
+
+
+def in_seconds(times: pl.Series) -> int:
+    """How many units of these times are one second: 1, or 1000 if they are milliseconds."""
+    middle = times.median()
+    return 1000 if middle is not None and float(middle) > _MILLISECONDS else 1
+
+
+# --------------------------------------------------------------------------------------------- one value of a line
+
+
+def _id(name: str, value: object) -> str:
+    if isinstance(value, str):
+        value.encode()  # a ValueError, if it is not Unicode text
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a valid {name}")
+    if value == "":
+        raise ValueError(f"the {name} is empty")
+    return str(value)
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a valid {name}")
+    return number
+
+
+def _time(value: object) -> int:
+    whole = isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())
+    time = int(value) if whole and not isinstance(value, bool) else _number("time", value)  # type: ignore[call-overload]
+    if not 0 <= time < 2**63 or time != int(time):
+        raise ValueError(f"{value!r} is not a valid time")
+    return int(time)
+
+
+CHECKS: dict[str, Callable[[object], object]] = {
+    "user": lambda value: _id("user", value),
+    "item": lambda value: _id("item", value),
+    "rating": lambda value: _number("rating", value),
+    "time": _time,
+}
+
+
+@contextmanager
+def reading(path: Path, console=None) -> Iterator[Callable[[int], None]]:
+    """Shows how far a file is read; gives the function to tell it (bytes so far). Shows nothing without a console."""
+    if console is None:
+        yield lambda read: None
+        return
+    with Downloads(console) as bars:
+        task = bars.add_task(f"reading {path.name}", total=path.stat().st_size)
+        yield lambda read: bars.update(task, completed=read)

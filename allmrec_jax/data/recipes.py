@@ -1,4 +1,4 @@
-"""The two data recipes: which rows stay. SPEC of the rules in each function; texts are in `text.py`.
+"""The data recipes: which rows stay. The rules stand in each function; what becomes of the texts, in `text.py`.
 
 Rows are given as integer codes of users and items (any numbering), in the input's order. A recipe gives a mask of the
 rows that stay, and what it dropped: `[{"reason": ..., "rows": ...}]`, so that kept + dropped = all rows, exactly.
@@ -9,7 +9,8 @@ from jaxtyping import Bool, Integer, Real
 
 from allmrec_jax.errors import UserError
 
-RECIPES = ("clean", "reference")
+RECIPES = ("clean", "reference", "as-is")
+"""`as-is` keeps every row and changes no text: for data that somebody has filtered already."""
 Rows = Integer[np.ndarray, " rows"]
 
 
@@ -21,8 +22,8 @@ def clean(
     *,
     k_core: int = 5,
     min_positive_rating: float | None = None,
-) -> tuple[Bool[np.ndarray, " rows"], list[dict]]:
-    """Exact duplicates, low ratings, then the k-core.
+) -> tuple[Bool[np.ndarray, " rows"], list[dict], Bool[np.ndarray, " rows"]]:
+    """Exact duplicates, low ratings, then the k-core. Returns the rows that stay, what went, the rows before step 3.
 
     1. Of rows equal in user, item and time the first stays. Without times nothing counts as a duplicate: a repeated
        item may be a real repetition.
@@ -43,10 +44,32 @@ def clean(
         if ratings is None:
             raise UserError("min_positive_rating needs ratings, and this input has none")
         drop(f"rating below {min_positive_rating:g}", ratings < min_positive_rating)
+    cleaned = keep.copy()
     by_user, by_item = k_core_rows(users, items, keep, k_core)
     drop(f"user with fewer than {k_core} interactions", by_user)
     drop(f"item with fewer than {k_core} interactions", by_item)
-    return keep, dropped
+    return keep, dropped, cleaned
+
+
+def cold_rows(
+    users: Rows, items: Rows, cleaned: Bool[np.ndarray, " rows"], keep: Bool[np.ndarray, " rows"], count: int = 3
+) -> Bool[np.ndarray, " rows"]:
+    """The rows of cold users: removed by the k-core, with exactly `count` cleaned rows, all of items that survive."""
+    survives = _counts(items, keep)[items] > 0
+    lost = cleaned & ~survives
+    cold = (_counts(users, cleaned) == count) & (_counts(users, lost) == 0) & (_counts(users, keep) == 0)
+    return cleaned & cold[users]
+
+
+def defaults(name: str) -> dict[str, float | None]:
+    """Thresholds of the clean recipe by the data set's name: the paper keeps ratings above 3 of Beauty and Toys."""
+    special = is_special(name)
+    return {"k_core": 4 if special else 5, "min_positive_rating": 4.0 if special else None}
+
+
+def is_special(name: str) -> bool:
+    """Whether the public code has rules of its own for a data set of this name."""
+    return "Beauty" in name or "Toys" in name
 
 
 def reference(
@@ -57,7 +80,7 @@ def reference(
     Enough is 5; if the data set's name contains `Beauty` or `Toys` it is 4, and rows rated below 3 are not counted
     (but kept like any other). Duplicates stay. Users and items below the threshold may remain.
     """
-    special = "Beauty" in name or "Toys" in name
+    special = is_special(name)
     threshold = 4 if special else 5
     if special and ratings is None:
         raise UserError(f"the reference recipe needs ratings for a data set called {name}, and this input has none")
@@ -73,13 +96,10 @@ def reference(
 
 def repeated_rows(users: Rows, items: Rows, times: Rows) -> Bool[np.ndarray, " rows"]:
     """Marks every row that equals an earlier one in user, item and time."""
-    order = np.lexsort((times, items, users))  # stable: equal rows stay in the input's order
-    same = np.ones(max(len(order) - 1, 0), bool)
-    for column in (users, items, times):
-        same &= column[order][1:] == column[order][:-1]
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:][same]] = True
-    return repeated
+    import polars as pl
+
+    rows = pl.DataFrame({"user": users, "item": items, "time": times})
+    return ~rows.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
 
 
 def k_core_rows(
@@ -106,13 +126,18 @@ def in_order(users: Rows, times: Rows | None) -> Integer[np.ndarray, " rows"]:
 
 
 def number(codes: Rows) -> tuple[Integer[np.ndarray, " rows"], Integer[np.ndarray, " distinct"]]:
-    """Ids 1, 2, ... in order of first appearance, and the code that each id stands for."""
-    values, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(first, kind="stable")
-    ids = np.empty(len(values), np.int64)
-    ids[by_appearance] = np.arange(1, len(values) + 1)
-    return ids[inverse], values[by_appearance]
+    """Ids 1, 2, ... in order of first appearance, and the row in which each id appears first."""
+    first = np.full(_distinct(codes), len(codes))
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last write, of the earliest row, stays
+    appears = np.sort(first[first < len(codes)])
+    ids = np.empty(len(first), np.int64)
+    ids[codes[appears]] = np.arange(1, len(appears) + 1)
+    return ids[codes], appears
 
 
 def _counts(codes: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    return np.bincount(codes[counted], minlength=int(codes.max(initial=-1)) + 1)
+    return np.bincount(codes[counted], minlength=_distinct(codes))
+
+
+def _distinct(codes: np.ndarray) -> int:
+    return int(codes.max()) + 1 if len(codes) else 0

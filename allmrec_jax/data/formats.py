@@ -1,0 +1,142 @@
+"""The line formats: JSON lines, delimited values, and one user's sequence a line."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from allmrec_jax.data.lines import Block, blocks
+from allmrec_jax.data.raw import KINDS, Interactions, Lines, Skipped, reading
+from allmrec_jax.errors import UserError
+
+
+def json_object(line: bytes) -> dict[str, object]:
+    """One line of JSON lines. Raises ValueError if it is not one JSON object."""
+    try:
+        record = json.loads(line, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos + 1})") from error
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    return record
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def json_lines(columns: Mapping[str, str]) -> Lines:
+    """JSON lines; `columns` says under which key each of `KINDS` is found."""
+    schema = {key: KINDS[name] for name, key in columns.items()}
+    renamed = {key: name for name, key in columns.items()}
+
+    def parse_line(line: bytes) -> dict[str, object]:
+        record = json_object(line)
+        for key in columns.values():
+            if record.get(key) is None:
+                raise ValueError(f'it has no "{key}"')
+        return {name: record[key] for name, key in columns.items()}
+
+    return Lines(lambda data: pl.read_ndjson(data, schema=schema).rename(renamed), parse_line)
+
+
+def delimited(
+    columns: Mapping[str, int], *, width: int, separator: str, quote: str | None = None, header: int = 0
+) -> Lines:
+    """Values between separators; `columns` says at which position (from 0) each of `KINDS` is found.
+
+    Args:
+      width: number of values in a line.
+      separator: one character, or two as in MovieLens 1M (`1::1193::5::978300760`).
+      quote: the character that may stand around a value. A quoted value must not go over several lines here.
+      header: lines to leave out at the beginning.
+    """
+    at = {position: name for name, position in columns.items()}
+    names = [at.get(position, f"column_{position}") for position in range(width)]
+    one = separator if len(separator) == 1 else "\x1f"
+
+    def single(data: bytes) -> bytes:
+        return data if one == separator else data.replace(separator.encode(), one.encode())
+
+    def parse(data: bytes) -> pl.DataFrame:
+        frame = pl.read_csv(
+            single(data),
+            has_header=False,
+            separator=one,
+            quote_char=quote,
+            schema={name: KINDS.get(name, pl.String) for name in names},
+            encoding="utf8",
+        )
+        return frame.select(*columns)
+
+    def parse_line(line: bytes) -> dict[str, object]:
+        try:
+            text = single(line).decode().rstrip("\r")
+        except UnicodeDecodeError:
+            raise ValueError("it is not UTF-8 text") from None
+        if quote is None:
+            values = text.split(one)
+        else:
+            values = next(csv.reader([text], delimiter=one, quotechar=quote), [])
+        if len(values) != width:
+            raise ValueError(f"it has {len(values)} fields instead of {width}")
+        return {name: values[position] for name, position in columns.items()}
+
+    return Lines(parse, parse_line, header)
+
+
+def read_sequences(path: Path, skipped: Skipped, console=None) -> pl.DataFrame:
+    """`user item item ...`, one user's items in time order a line, between white space; as `Raw.interactions`.
+
+    A user may come on several lines (`user item` pairs are such a file). There are no times: the order counts.
+    """
+    builder = Interactions(path)
+    with reading(path, console) as at:
+        for block in blocks(path):
+            at(block.read)
+            builder.add(_sequences(path, block, skipped))
+    return builder.frame()
+
+
+def _sequences(path: Path, block: Block, skipped: Skipped) -> pl.DataFrame:
+    try:
+        words = pl.Series(block.data.decode().split("\n"), dtype=pl.String)
+    except UnicodeDecodeError as error:
+        line = block.first + block.data[: error.start].count(b"\n")
+        raise UserError(f"{path} line {line:,}: it is not UTF-8 text") from error
+    table = words.str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ").to_frame("words")
+    table = table.with_columns(pl.col("words").list.len().alias("length"), pl.col("words").list.first().alias("user"))
+    for row in table.select(((pl.col("length") < 2) & (pl.col("user") != "")).arg_true()).to_series():
+        skipped.add(path, block.first + row, "it has a user and no item")
+    table = table.filter(pl.col("length") >= 2)
+    return table.select("user", pl.col("words").list.slice(1).alias("item")).explode("item")
+
+
+def table_columns(path: Path, kind: str, separator: str | None) -> list[str]:
+    """The names of the columns (the keys of the first object) of a table, to find those we need by name."""
+    from allmrec_jax.data.lines import first_line
+
+    if kind == "parquet":
+        return list(read_parquet(path, None).columns)
+    line = first_line(path)
+    if not line:
+        raise UserError(f"{path} is empty")
+    try:
+        if kind == "json":
+            return list(json_object(line))
+        return next(csv.reader([line.decode("utf-8-sig").rstrip("\r")], delimiter=separator or ","))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} line 1: {error}") from error
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
+    """Columns of a Parquet file; None: no rows of any, for their names."""
+    try:
+        frame = pl.scan_parquet(path)
+        return frame.limit(0).collect() if columns is None else frame.select(*columns).collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} is not a sound Parquet file: get it again") from error

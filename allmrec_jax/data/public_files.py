@@ -1,0 +1,47 @@
+"""The data files of the public A-LLMRec code: `NAME.txt` and `NAME_text_name_dict.json.gz`.
+
+The first has one `user item` pair a line, users by id, each user's items in time order. The second is, in spite of its
+name, a pickle without compression: `{"title": {id: text}, "description": {id: text}}`, items without a text left out.
+"""
+
+import os
+import pickle
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.errors import UserError
+
+
+def sequence_text(dataset: Dataset) -> str:
+    """The content of `NAME.txt`."""
+    pairs = np.stack([dataset.users_of_items(), dataset.items], axis=1)
+    return "".join(f"{user} {item}\n" for user, item in pairs.tolist())
+
+
+def text_dict(dataset: Dataset) -> dict[str, dict[int, str]]:
+    """The content of `NAME_text_name_dict.json.gz`."""
+    texts = {"title": dataset.titles(), "description": dataset.descriptions()}
+    return {kind: {item: text for item, text in enumerate(found) if text is not None} for kind, found in texts.items()}
+
+
+def write_public(dataset: Dataset, folder: Path) -> tuple[Path, Path]:
+    """Writes both files into `folder`. Raises `UserError` if one is there already."""
+    contents = {
+        folder / f"{dataset.name}.txt": sequence_text(dataset).encode(),
+        folder / f"{dataset.name}_text_name_dict.json.gz": pickle.dumps(text_dict(dataset), protocol=4),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in contents:
+        if path.exists():
+            raise UserError(f"{path} exists already: choose another --out or delete it")
+    for path, content in contents.items():
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return tuple(contents)
