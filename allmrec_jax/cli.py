@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--as",
         dest="called",
         metavar="NAME",
-        help="name of the data set (default: the source's); with --tfds, which one",
+        help="its name (default: the source's); with --tfds, which",
     )
     prepare.add_argument(
         "--recipe",
@@ -193,6 +193,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
+
+    bench = command(
+        "bench",
+        "Measure speed against a baseline, interleaved in one run.",
+        "\n  data   raw files to a prepared data set, and batches"
+        "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
+    )
+    bench.add_argument("what", nargs="*", metavar="data", help="what to measure (default: everything)")
+    bench.add_argument(
+        "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
+    )
+    bench.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts (default 3)")
+    bench.add_argument("--json", type=Path, help="also write the results here, for machines")
 
     recommend = command(
         "recommend",
@@ -307,6 +320,26 @@ def prepare(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
+BENCHES = ("data",)
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    if wrong := [what for what in arguments.what if what not in BENCHES]:
+        raise UserError(f"there is no benchmark {wrong[0]!r}: choose among {', '.join(BENCHES)}")
+    if arguments.rows < 1000 or arguments.repeats < 1:
+        raise UserError("--rows must be at least 1000 and --repeats at least 1")
+    from allmrec_jax.comparison import bench
+    from allmrec_jax.comparison.bench_data import bench_data
+
+    console = Console()
+    rows = bench_data(arguments.rows, arguments.repeats, console)
+    bench.show(rows, console)
+    if arguments.json:
+        bench.write(rows, arguments.json)
+
+
 def run_recommend(arguments: argparse.Namespace) -> None:
     from allmrec_jax.evaluation.recommend import recommend, table
 
@@ -333,6 +366,8 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         run_all(load_config(name), arguments.workdir or Path("runs") / ("demo-full" if arguments.full else "demo"))
     elif arguments.command == "data":
         run_data(arguments)
+    elif arguments.command == "bench":
+        run_bench(arguments)
     elif arguments.command in ("train", "run"):
         experiment = override(load_config(arguments.config), rest, prog=f"allmrec {arguments.command}")
         if arguments.command == "run":

@@ -79,6 +79,20 @@ def test_negatives_never_hit_what_the_user_has():
         assert set(row) <= set(range(1, 41)) - set(has)
 
 
+def test_comparing_and_bisecting_find_the_same_items():
+    random = np.random.default_rng(0)
+    sizes = [0, 1, 15, 16, 17, 40, 200]
+    sets = [sorted(random.choice(np.arange(1, 300), size, replace=False).tolist()) for size in sizes]
+    seen, users = _seen(sets, 300), np.arange(1, len(sizes) + 1)
+    r = jnp.asarray(random.integers(0, 100, (len(sizes), 50)), jnp.int32)
+    found = [f(seen, r, seen.offsets[users], seen.offsets[users + 1]) for f in (batches._compare, batches._bisect)]
+    np.testing.assert_array_equal(*found)
+    expected = [sum(item - 1 - rank <= 7 for rank, item in enumerate(has)) for has in sets]
+    np.testing.assert_array_equal(
+        batches._compare(seen, jnp.full_like(r, 7), seen.offsets[users], seen.offsets[users + 1])[:, 0], expected
+    )
+
+
 def test_distinct_draws_are_uniform_over_every_ordered_choice():
     """All 5 * 4 * 3 ordered choices of 3 of the 5 items that the user lacks come equally often, and nothing else."""
     rows, sets = 12_000, [[2, 3, 6], [4]]

@@ -4,13 +4,14 @@ There is no iterator and no hidden state. Row b of step t is the same whoever co
 eight that computes only its own rows; inside a jitted epoch, or on the host. `key` is a `jax.random.key`; different
 kinds of draw from the same key never share random bits.
 
-    stage 0       draw_users        users with replacement, a fresh draw each step
+    stage 0       training_rows     users with replacement, a fresh draw each step; windows, positives, negatives
     stages 1, 2   rows_of_step      a shuffled order each epoch, the last partial batch kept
     all           draw_negatives    items uniform over those that the user does not have
     candidates    draw_distinct     the same without replacement
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +54,28 @@ def draw_users(
 def _draw_users(key, step, rows, eligible_count):
     keys = _row_keys(key, _USERS, step, rows)
     return jax.vmap(lambda row_key: _below(row_key, 1, eligible_count)[0])(keys)
+
+
+def training_rows(
+    key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"], data: Mapping[str, Any], length: int
+) -> tuple[
+    Int32[Array, " rows"], Int32[Array, "rows length"], Int32[Array, "rows length"], Int32[Array, "rows length"]
+]:
+    """What stage 0 learns from in a step: users, windows, the positive and a negative after each of a window's items.
+
+        items 3 9 4 5, length 5      window 0 0 3 9 4     positive 0 0 9 4 5     negative: anything but 3 9 4 5
+
+    Args:
+      data: `items` (flat), `start` and `end` of the training items of each eligible user in it, `users` (their ids) and
+        `seen`.
+    """
+    chosen = draw_users(key, step, rows, data["start"].shape[0])
+    at = data["end"][chosen][:, None] - length + jnp.arange(length)[None]  # positions of the positives
+    first = data["start"][chosen][:, None]
+    positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
+    windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
+    users = data["users"][chosen]
+    return users, windows, positives, draw_negatives(key, step, rows, users, data["seen"], length)
 
 
 def dropout_keys(key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"]) -> Key[Array, " rows"]:
@@ -150,7 +173,7 @@ def draw_negatives(
     """`count` items for each row, independent, each exactly uniform over the items that the row's user does not have.
 
     No rejection: of the n - k items that a user with k items does not have, the r-th (from 0) is
-    1 + r + #{j : gap_j <= r}, r uniform in [0, n - k), and the number is found by bisection:
+    1 + r + #{j : gap_j <= r}, r uniform in [0, n - k):
 
         n = 7, items 2 3 6:   gaps 1 1 3      not had  1 4 5 7
                                               r = 0 -> 1,   r = 1 -> 1 + 1 + 2 = 4,   r = 3 -> 1 + 3 + 3 = 7
@@ -208,17 +231,39 @@ def _draw_distinct(key, step, rows, users, seen: Seen, count: int):
 
 
 def _not_had(r: Int32[Array, "rows count"], users: Integer[Array, " rows"], seen: Seen) -> Int32[Array, "rows count"]:
-    """The r-th (from 0) of the items that each row's user does not have."""
-    start = jnp.broadcast_to(seen.offsets[users][:, None], r.shape)
-    stop = jnp.broadcast_to(seen.offsets[users + 1][:, None], r.shape)
-    first = start
+    """The r-th (from 0) of the items that each row's user does not have: 1 + r + #{j : gap_j <= r}.
+
+    An accelerator bisects. A CPU gathers slowly and compares fast: there a row's gaps are compared with all its r.
+    """
+    below = jax.lax.platform_dependent(
+        r, seen.offsets[users], seen.offsets[users + 1], cpu=partial(_compare, seen), default=partial(_bisect, seen)
+    )
+    return (1 + r + below).astype(jnp.int32)
+
+
+def _bisect(seen: Seen, r: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    start = jnp.broadcast_to(first[:, None], r.shape)
+    stop = jnp.broadcast_to(end[:, None], r.shape)
     for _ in range(seen.search_steps):  # the first position in [start, stop) whose gap exceeds r
         middle = (start + stop) // 2
         searching = start < stop
         below = seen.gaps[middle] <= r
         start = jnp.where(searching & below, middle + 1, start)
         stop = jnp.where(searching & ~below, middle, stop)
-    return (1 + r + (start - first)).astype(jnp.int32)
+    return start - first[:, None]
+
+
+_GAPS_AT_ONCE = 16  # most users have fewer items
+
+
+def _compare(seen: Seen, r: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
+    def some(part: jax.Array, count: jax.Array) -> jax.Array:
+        at = first[:, None] + part * _GAPS_AT_ONCE + jnp.arange(_GAPS_AT_ONCE)[None]
+        gaps = jnp.where(at < end[:, None], seen.gaps[jnp.minimum(at, len(seen.gaps) - 1)], jnp.iinfo(jnp.int32).max)
+        return count + jnp.sum(gaps[:, :, None] <= r[:, None, :], axis=1, dtype=jnp.int32)
+
+    parts = (jnp.max(end - first) + _GAPS_AT_ONCE - 1) // _GAPS_AT_ONCE
+    return jax.lax.fori_loop(0, parts, some, jnp.zeros_like(r))
 
 
 def _below(key: Key[Array, ""], count: int, limit: Int[Array, ""]) -> Int32[Array, " count"]:

@@ -11,8 +11,6 @@ Whoever has TFDS and not this package reads them:
 Text comes back as bytes. TFDS knows no missing value: `missing` names the fields that have none, which stand as "".
 """
 
-import contextlib
-import io
 import logging
 import os
 import shutil
@@ -46,6 +44,12 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         self.dataset, self.done = dataset, done  # `done` is told how many records are written
         config = tfds.core.BuilderConfig(name=dataset.name, version=VERSION, description=f"{dataset.name}, prepared")
         super().__init__(config=config, file_format="array_record", **options)
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded: nothing is said of it."""
+
+    def _log_download_done(self) -> None:
+        """Said by whoever called us."""
 
     def _features(self) -> dict:
         raise NotImplementedError
@@ -231,13 +235,13 @@ def _every(count: int, call: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def _quietly(call: Callable):
-    """TFDS prints, warns of every builder that is made by hand, and draws bars of its own."""
+    """TFDS warns of every builder that is made by hand, and draws bars of its own."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return call()
     finally:

@@ -85,12 +85,7 @@ def make_epoch(
 
     def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
         rows = mesh.local_rows(per_device)
-        chosen = batches.draw_users(key, state.step, rows, data["start"].shape[0])
-        at = data["end"][chosen][:, None] - c.maxlen + jnp.arange(c.maxlen)[None]  # positions of the positives
-        first = data["start"][chosen][:, None]
-        positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
-        windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
-        negatives = batches.draw_negatives(key, state.step, rows, data["users"][chosen], data["seen"], c.maxlen)
+        _, windows, positives, negatives = batches.training_rows(key, state.step, rows, data, c.maxlen)
         keys = batches.dropout_keys(key, state.step, rows)
         count = jax.lax.psum(jnp.sum(positives != 0), mesh.DATA).astype(jnp.float32)
 

@@ -1,0 +1,1 @@
+"""Us against others: speed (`bench`)."""
