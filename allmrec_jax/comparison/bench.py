@@ -67,11 +67,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
         )
     console.print(table)
     for entry in rows:
-        beside = "; ".join(
-            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in entry.beside.items()
-        )
-        console.print(escape(f"{entry.name}: {entry.what}{'. Beside it: ' + beside if beside else ''}"), soft_wrap=True)
+        further = [f"{key} {x:.3g}" if isinstance(x, float) else f"{key} {x}" for key, x in entry.beside.items()]
+        beside = f". Beside it: {'; '.join(further)}" if further else ""
+        console.print(escape(f"{entry.name}: {entry.what}{beside}"), soft_wrap=True)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

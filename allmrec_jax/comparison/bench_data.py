@@ -29,74 +29,11 @@ from allmrec_jax.comparison.bench import Row, interleave, row
 SEED = 0
 MAXLEN = 50
 REVIEWS, METADATA = "Bench.json.gz", "meta_Bench.json.gz"
-_WORDS = [
-    "the",
-    "a",
-    "and",
-    "it",
-    "is",
-    "was",
-    "for",
-    "this",
-    "my",
-    "that",
-    "not",
-    "very",
-    "have",
-    "with",
-    "but",
-    "so",
-    "as",
-    "you",
-    "on",
-    "they",
-    "great",
-    "good",
-    "love",
-    "product",
-    "use",
-    "used",
-    "like",
-    "would",
-    "one",
-    "just",
-    "really",
-    "skin",
-    "hair",
-    "game",
-    "play",
-    "bought",
-    "price",
-    "quality",
-    "works",
-    "well",
-    "little",
-    "time",
-    "color",
-    "size",
-    "smell",
-    "nice",
-    "recommend",
-    "buy",
-    "again",
-    "gift",
-    "easy",
-    "fun",
-    "months",
-    "day",
-    "after",
-    "because",
-    "than",
-    "fit",
-    "small",
-    "perfect",
-    "old",
-    "kids",
-    "happy",
-    "little",
-    "bit",
-    "dry",
-]
+_WORDS = (
+    "the a and it is was for this my that not very have with but so as you on they great good love product use used "
+    "like would one just really skin hair game play bought price quality works well little time color size smell nice "
+    "recommend buy again gift easy fun months day after because than fit small perfect old kids happy bit dry"
+)
 
 
 # ------------------------------------------------------------------------------------------------------ generator
@@ -119,7 +56,7 @@ def generate(folder: Path, rows: int, seed: int = SEED) -> None:
     repeated = np.flatnonzero(rng.random(rows) < 0.005)[1:]
     for column in (users, items, times, ratings):
         column[repeated] = column[repeated - 1]
-    stream = " ".join(rng.choice(_WORDS, 400_000))
+    stream = " ".join(rng.choice(_WORDS.split(), 400_000))
     lengths = np.clip(rng.lognormal(5, 1.1, rows), 8, 8000).astype(int)
     starts = rng.integers(0, len(stream) - 8000, rows)
     names = rng.permutation(n_users)
@@ -292,7 +229,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
     lengths = np.clip(rng.lognormal(2, 0.8, users), 5, 400).astype(int)
     offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
     items = (rng.pareto(0.9, offsets[-1]) * n_items / 50).astype(int) % n_items + 1
-    sets = [np.unique(items[a:b]) for a, b in itertools.pairwise(offsets)]
+    sets = [np.unique(items[a:b]) for a, b in itertools.pairwise(offsets[1:])]
     counts = np.concatenate([[0, 0], np.cumsum([len(s) for s in sets])])
     data = {
         "items": jax.numpy.asarray(items, jax.numpy.int32),
@@ -319,7 +256,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
         return (time.perf_counter() - start) / (steps * batch)
 
     owned = [set(), *(set(s.tolist()) for s in sets)]
-    sequences = [[], *(items[a:b].tolist() for a, b in itertools.pairwise(offsets))]
+    sequences = [[], *(items[a:b].tolist() for a, b in itertools.pairwise(offsets[1:]))]
 
     def loop() -> float:
         start = time.perf_counter()

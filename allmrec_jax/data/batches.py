@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Integer, Key, UInt32
 
 Anywhere = Array | np.ndarray
+Rows, Windows = Int32[Array, " rows"], Int32[Array, "rows length"]
 Index = int | np.integer | Integer[Array, ""]
 
 _USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT = 1, 2, 3, 4, 5  # what a draw is for, folded into its key
@@ -58,9 +59,7 @@ def _draw_users(key, step, rows, eligible_count):
 
 def training_rows(
     key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"], data: Mapping[str, Any], length: int
-) -> tuple[
-    Int32[Array, " rows"], Int32[Array, "rows length"], Int32[Array, "rows length"], Int32[Array, "rows length"]
-]:
+) -> tuple[Rows, Windows, Windows, Windows]:
     """What stage 0 learns from in a step: users, windows, the positive and a negative after each of a window's items.
 
         items 3 9 4 5, length 5      window 0 0 3 9 4     positive 0 0 9 4 5     negative: anything but 3 9 4 5
