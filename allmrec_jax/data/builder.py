@@ -55,9 +55,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
-        kept = ("name", "seed", "no_cold_users", "counts", "has", "fingerprint", "settings", "inputs", "rows")
-        kept += ("unusable_lines", "texts", "tie_rule", "versions")
-        metadata = {key: self.dataset.manifest[key] for key in kept if key in self.dataset.manifest}
+        metadata = {key: value for key, value in self.dataset.manifest.items() if key not in ("format", "scenarios")}
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"{self.dataset.name}: interaction sequences and item texts, prepared by allmrec",

@@ -68,8 +68,7 @@ def describe(dataset: Dataset):
         ("test targets that the user had before", f"{figures['repeated_test_targets']:,}"),
     ]
     if "first_time" in figures:
-        days = (datetime.fromtimestamp(figures[key], UTC).date().isoformat() for key in ("first_time", "last_time"))
-        rows.append(("time span", " to ".join(days)))
+        rows.append(("time span", f"{_day(figures['first_time'])} to {_day(figures['last_time'])}"))
         rows.append(("interactions at the same second as the user's one before", f"{figures['equal_times']:,}"))
     for key, what in (
         ("junk_titles", "titles that were scrape junk"),
@@ -98,6 +97,13 @@ def describe(dataset: Dataset):
         balance.add_row(f"of those dropped: of {cold:,} cold users, kept apart", f"{3 * cold:,}")
     examples = [f"left out: {example}" for example in dataset.manifest.get("unusable_lines", ())]
     return Group(*parts, balance, *map(escape, examples))
+
+
+def _day(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError):  # no year of the calendar
+        return f"second {seconds:,}"
 
 
 def _scenario_table(dataset: Dataset):

@@ -1,0 +1,48 @@
+"""The benchmarks measure what they say, and say it to people and machines."""
+
+import gzip
+import json
+
+import pytest
+
+from allmrec_jax.cli import main
+from allmrec_jax.comparison import bench_data
+
+
+def test_bench_data_says_its_figures_to_people_and_machines(tmp_path, capsys):
+    """That both ways of preparing agree is checked inside, at every run."""
+    assert main(["bench", "data", "--rows", "3000", "--repeats", "2", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in rows] == ["data.prepare", "data.batches"]
+    for row in rows:
+        assert row["n"] == 2
+        assert row["ratio"] == pytest.approx(row["ours"] / row["baseline"])
+        assert row["ours"] > 0
+    assert {"gunzip floor (s)", "parse floor (s)", "our peak memory (MiB)"} <= set(rows[0]["beside"])
+    shown = capsys.readouterr().out
+    assert "gunzip floor" in shown
+    assert "data.batches" in shown
+
+
+def test_the_generated_file_is_seeded_and_has_what_real_ones_have(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        bench_data.generate(tmp_path / name, 2000)
+    reviews, metadata = (
+        [gzip.decompress((tmp_path / name / file).read_bytes()) for name in ("a", "b")]
+        for file in (bench_data.REVIEWS, bench_data.METADATA)
+    )
+    assert reviews[0] == reviews[1]
+    assert metadata[0] == metadata[1]
+    rows = [json.loads(line) for line in reviews[0].splitlines()]
+    keys = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in rows]
+    assert len(rows) == 2000 > len(set(keys)) > 1900
+    assert b"&amp;" in metadata[0]
+    assert len(metadata[0].splitlines()) > len({json.loads(line)["asin"] for line in metadata[0].splitlines()})
+
+
+def test_mistakes_are_answered_in_a_line(capsys):
+    assert main(["bench", "nothing"]) == 1
+    assert "there is no benchmark 'nothing': choose among data" in capsys.readouterr().err
+    assert main(["bench", "--rows", "5"]) == 1
+    assert "--rows must be at least 1000" in capsys.readouterr().err
