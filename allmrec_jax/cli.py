@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from allmrec_jax import __version__
+from allmrec_jax import __version__, cli_data
 from allmrec_jax.config import Experiment, check, from_dict, load_config
 from allmrec_jax.errors import UserError
 
@@ -110,70 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--workdir", type=Path, help="where everything is kept (default runs/demo or runs/demo-full)")
 
-    data = command("data", "List, prepare and describe data sets.").add_subparsers(
-        dest="action", metavar="ACTION", required=True
-    )
-    command("list", "The known data sets and weights, and where they come from.", group=data)
-    prepare = command(
-        "prepare",
-        "Turn raw files into a prepared data set.",
-        "\nExamples:"
-        "\n  allmrec data prepare ml-100k --out data/ml-100k --strip-years"
-        "\n  allmrec data prepare --reviews Gift_Cards.json.gz --metadata meta_Gift_Cards.json.gz --out data/cards"
-        "\n  allmrec data prepare --interactions mine.csv --items items.csv --columns user=customer --out data/mine"
-        "\nTables (.csv .tsv .jsonl .parquet, and .txt of `user item item ...`; plain or .gz) need a user and an item"
-        "\nin each row; time (seconds or milliseconds since 1970) and rating are used where they are.",
-        group=data,
-    )
-    prepare.add_argument("name", nargs="?", help="a named data set (`allmrec data list`), or a folder of raw files")
-    prepare.add_argument("--reviews", type=Path, help="an Amazon review file of 2014, 2018 or 2023, plain or gzip")
-    prepare.add_argument("--metadata", type=Path, help="its metadata, with titles and descriptions")
-    prepare.add_argument("--interactions", type=Path, help="a table of your own")
-    prepare.add_argument("--items", type=Path, help="a table of its items: titles, descriptions, categories")
-    prepare.add_argument(
-        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="what your tables call a column"
-    )
-    prepare.add_argument("--tfds", type=Path, help="a TFDS folder that `allmrec data export` wrote")
-    prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
-    prepare.add_argument(
-        "--as",
-        dest="called",
-        metavar="NAME",
-        help="its name (default: the source's); with --tfds, which",
-    )
-    prepare.add_argument(
-        "--recipe",
-        choices=("clean", "reference", "as-is"),
-        default="clean",
-        help="how rows are filtered: repeats, low ratings and k-core; as the public code does it; or not at all",
-    )
-    prepare.add_argument("--strip-years", action="store_true", help='"Heat (1995)" becomes "Heat": shorter prompts')
-    prepare.add_argument(
-        "--k-core", type=int, help="least interactions of a user or item (clean; 5, Beauty and Toys 4)"
-    )
-    prepare.add_argument(
-        "--min-positive-rating", type=float, help="drop interactions rated lower (clean; none, Beauty and Toys 4)"
-    )
-    prepare.add_argument("--seed", type=int, default=0, help="of the few-shot users (default 0)")
-    prepare.add_argument(
-        "--max-bad-lines",
-        type=int,
-        default=100,
-        help="unusable lines left out before it is an error (default 100)",
-    )
-    export = command(
-        "export",
-        "Write a prepared data set in a form that others read.",
-        "\n  tfds    a TensorFlow Datasets folder (array_record), which needs no TensorFlow"
-        "\n  public  the files of the public A-LLMRec code: NAME.txt and NAME_text_name_dict.json.gz"
-        "\nExample: allmrec data export data/ml-100k --to tfds --out exported",
-        group=data,
-    )
-    export.add_argument("folder", type=Path, help="a prepared data set")
-    export.add_argument("--to", choices=("tfds", "public"), required=True, help="which form")
-    export.add_argument("--out", type=Path, required=True, help="folder to write into")
-    describe = command("describe", "Counts, lengths, texts, repeats, and what was dropped and why.", group=data)
-    describe.add_argument("folder", type=Path, help="a prepared data set")
+    cli_data.add_commands(command)
 
     def with_config(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--config", required=True, help="a Python config file, or the name of one: demo, ml100k")
@@ -193,19 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
-
-    bench = command(
-        "bench",
-        "Measure speed against a baseline, interleaved in one run.",
-        "\n  data   raw files to a prepared data set, and batches"
-        "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
-    )
-    bench.add_argument("what", nargs="*", metavar="data", help="what to measure (default: everything)")
-    bench.add_argument(
-        "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
-    )
-    bench.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts (default 3)")
-    bench.add_argument("--json", type=Path, help="also write the results here, for machines")
 
     recommend = command(
         "recommend",
@@ -251,95 +175,6 @@ def run_all(experiment: Experiment, workdir: Path) -> None:
     show(evaluate(pipeline), pipeline.console, workdir)
 
 
-def run_data(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if arguments.action == "list":
-        from allmrec_jax.data.describe import sources_table
-
-        console.print(sources_table())
-    elif arguments.action == "prepare":
-        from allmrec_jax.data.describe import describe
-
-        console.print(describe(prepare(arguments, console)))
-    elif arguments.action == "export":
-        from allmrec_jax.data.dataset import open_dataset
-
-        dataset = open_dataset(arguments.folder)
-        if arguments.to == "tfds":
-            from allmrec_jax.data.builder import write_tfds
-
-            written = write_tfds(dataset, arguments.out, console)
-        else:
-            from allmrec_jax.data.public_files import write_public
-
-            written = " and ".join(map(str, write_public(dataset, arguments.out)))
-        console.print(f"Written: {written}", soft_wrap=True, markup=False, highlight=False)
-    else:
-        from allmrec_jax.data.dataset import open_dataset
-        from allmrec_jax.data.describe import describe
-
-        console.print(describe(open_dataset(arguments.folder)))
-
-
-def prepare(arguments: argparse.Namespace, console: Any) -> Any:
-    """The data set that `allmrec data prepare` was asked for."""
-    ways = ("name", "reviews", "interactions", "tfds")
-    given = [way for way in ways if getattr(arguments, way) is not None]
-    if len(given) != 1:
-        raise UserError("say one of: the name of a data set or folder, --reviews, --interactions, --tfds")
-    for first, second in (("reviews", "metadata"), ("interactions", "items")):
-        if getattr(arguments, second) is not None and given != [first]:
-            raise UserError(f"--{second} goes with --{first}")
-    columns = dict(part.partition("=")[::2] for part in arguments.columns)
-    if columns and given != ["interactions"]:
-        raise UserError("--columns goes with --interactions")
-    if wrong := [ours for ours, theirs in columns.items() if not theirs]:
-        raise UserError(f"--columns {wrong[0]}: say OURS=THEIRS, such as user=customer")
-    if given == ["tfds"]:
-        from allmrec_jax.data.builder import read_tfds
-
-        return read_tfds(arguments.tfds, arguments.out, name=arguments.called)
-    from allmrec_jax.data.prepare import Files, prepare
-
-    source = arguments.name
-    if source is None:
-        source = Files(arguments.reviews, arguments.metadata, arguments.interactions, arguments.items, columns)
-    return prepare(
-        source,
-        arguments.out,
-        name=arguments.called,
-        recipe=arguments.recipe,
-        strip_years=arguments.strip_years,
-        k_core=arguments.k_core,
-        min_positive_rating=arguments.min_positive_rating,
-        seed=arguments.seed,
-        max_bad_lines=arguments.max_bad_lines,
-        console=console,
-    )
-
-
-BENCHES = ("data",)
-
-
-def run_bench(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    if wrong := [what for what in arguments.what if what not in BENCHES]:
-        raise UserError(f"there is no benchmark {wrong[0]!r}: choose among {', '.join(BENCHES)}")
-    if arguments.rows < 1000 or arguments.repeats < 1:
-        raise UserError("--rows must be at least 1000 and --repeats at least 1")
-    from allmrec_jax.comparison import bench
-    from allmrec_jax.comparison.bench_data import bench_data
-
-    console = Console()
-    rows = bench_data(arguments.rows, arguments.repeats, console)
-    bench.show(rows, console)
-    if arguments.json:
-        bench.write(rows, arguments.json)
-
-
 def run_recommend(arguments: argparse.Namespace) -> None:
     from allmrec_jax.evaluation.recommend import recommend, table
 
@@ -365,9 +200,9 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         name = "ml100k" if arguments.full else "demo"
         run_all(load_config(name), arguments.workdir or Path("runs") / ("demo-full" if arguments.full else "demo"))
     elif arguments.command == "data":
-        run_data(arguments)
+        cli_data.run_data(arguments)
     elif arguments.command == "bench":
-        run_bench(arguments)
+        cli_data.run_bench(arguments)
     elif arguments.command in ("train", "run"):
         experiment = override(load_config(arguments.config), rest, prog=f"allmrec {arguments.command}")
         if arguments.command == "run":

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from allmrec_jax.data import dataset as dataset_module
-from allmrec_jax.data import movielens, sources
-from allmrec_jax.data.dataset import Dataset, open_dataset, write_dataset
+from allmrec_jax.data import movielens, sources, writer
+from allmrec_jax.data.dataset import Dataset, open_dataset
 from allmrec_jax.data.describe import describe, summary
 from allmrec_jax.data.places import Archive
 from allmrec_jax.data.prepare import prepare
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 
 TITLES = {
@@ -127,6 +128,7 @@ def test_texts(tmp_path):
         "without_description": 2,
         "without_row": 0,
         "repeated_rows": 0,
+        "unusable_lines": 0,
     }
 
 
@@ -385,7 +387,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset_module, "_write_table", full)
+    monkeypatch.setattr(writer, "_write_table", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
         tiny(tmp_path)
     assert os.listdir(tmp_path) == ["raw"]

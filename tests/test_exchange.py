@@ -8,8 +8,9 @@ import pytest
 
 from allmrec_jax.cli import main
 from allmrec_jax.data.builder import read_tfds, write_tfds
-from allmrec_jax.data.dataset import Dataset, write_dataset
+from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.prepare import prepare
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 
 

@@ -66,12 +66,12 @@ def test_gzip_files_of_several_members_are_read_whole(tmp_path):
 def test_damaged_gzip_files_are_refused(tmp_path):
     whole = gzip.compress("".join(f"{n}\n" for n in range(10_000)).encode())
     (tmp_path / "torn.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut short.*after line [\d,]+; get it again"):
+    with pytest.raises(UserError, match=r"cut short: its.* data end in line [\d,]{4,}; get it again"):
         list(lines.blocks(tmp_path / "torn.gz", 100))
     broken = bytearray(whole)
     broken[len(whole) // 2] ^= 255
     (tmp_path / "broken.gz").write_bytes(bytes(broken))
-    with pytest.raises(UserError, match=r"is damaged after line|cut short"):
+    with pytest.raises(UserError, match=r"is damaged in line|cut short"):
         list(lines.blocks(tmp_path / "broken.gz", 100))
 
 
@@ -147,6 +147,7 @@ def test_metadata_of_every_year_give_the_same_texts(year, tmp_path):
         "without_description": 2,
         "without_row": 0,
         "repeated_rows": 1,
+        "unusable_lines": 0,
     }
 
 
@@ -184,7 +185,11 @@ BROKEN = [
     ('{"overall": 5.0, "reviewerID": "u1", "asin": "i1", "unixReviewTime": -1}', "-1 is not a valid time"),
     ('{"overall": 5.0, "reviewerID": "u1", "asin": "i1", "unixReviewTime": 1.5}', "1.5 is not a valid time"),
     ('{"overall": true, "reviewerID": "u1", "asin": "i1", "unixReviewTime": 1}', "True is not a valid rating"),
-    ('{"overall": 5.0, "reviewerID": ["u1"], "asin": {}, "unixReviewTime": 1.5}', "['u1'] is not a valid user"),
+    ('{"overall": 5.0, "reviewerID": ["u1"], "asin": "i1", "unixReviewTime": 1}', "['u1'] is not a valid user"),
+    ('{"overall": 5.0, "reviewerID": "u1", "asin": {"a": 1}, "unixReviewTime": 1}', "{'a': 1} is not a valid item"),
+    ('{"overall": 5.0, "reviewerID": "u\\ud800", "asin": "i1", "unixReviewTime": 1}', "'utf-8' codec can't encode"),
+    (f'{{"overall": {"9" * 400}, "reviewerID": "u", "asin": "i", "unixReviewTime": 1}}', "9999"),
+    ("[" * 100_000, "it is "),
 ]
 
 
@@ -233,6 +238,28 @@ def test_broken_metadata_lines_are_named_and_left_out(tmp_path):
     assert data.manifest["rows"]["read"] == 9
     with pytest.raises(UserError, match="holds no Amazon metadata"):
         prepare(Files(reviews=reviews, metadata=write_lines(tmp_path / "x.gz", [{"a": 1}])), tmp_path / "o", k_core=3)
+
+
+def test_a_first_line_that_is_broken_does_not_hide_the_year(tmp_path):
+    rows = [{"rating": 5, "user_id": "u", "parent_asin": f"i{n}", "timestamp": n} for n in range(200)]
+    raw = amazon.read(write_lines(tmp_path / "r.jsonl", ["{broken", *rows]), None, Skipped())
+    assert (raw.interactions.height, raw.rows) == (200, 201)
+
+
+def test_named_amazon_data_and_folders_know_the_rule_for_beauty(tmp_path):
+    """From files put into the cache by hand to a prepared data set, with Beauty's thresholds whatever it is called."""
+    folder = tmp_path / "amazon-2018-luxury-beauty"
+    folder.mkdir()
+    write_lines(folder / "Luxury_Beauty.json.gz", block_of(4))
+    write_lines(folder / "meta_Luxury_Beauty.json.gz", metadata("2018"))
+    for number, source in enumerate(["amazon-2018-luxury-beauty", str(folder)]):
+        data = prepare(source, tmp_path / str(number), recipe="reference", name="mine", cache=tmp_path)
+        assert data.n_interactions == 16
+        assert (data.name, data.titles()[1]) == ("mine", "Salt &amp; Co")
+    assert prepare(str(folder), tmp_path / "clean").manifest["settings"]["k_core"] == 4
+    assert prepare(str(folder), tmp_path / "clean2").name == "Luxury_Beauty"
+    with pytest.raises(UserError, match="is a file: name it with --reviews or --interactions"):
+        prepare(str(folder / "Luxury_Beauty.json.gz"), tmp_path / "file")
 
 
 def test_files_that_are_not_amazons(tmp_path):
@@ -336,7 +363,7 @@ def test_columns_may_be_called_anything(tmp_path, capsys):
         tables.read(tmp_path / "m.csv", None, Skipped())
     with pytest.raises(UserError, match="did you mean user"):
         tables.read(tmp_path / "m.csv", None, Skipped(), columns={"users": "who"})
-    with pytest.raises(UserError, match="has no column 'when'"):
+    with pytest.raises(UserError, match="there is no column 'when'"):
         tables.read(tmp_path / "m.csv", None, Skipped(), columns={"user": "who", "item": "what", "time": "when"})
     out = ["--recipe", "as-is", "--out", str(tmp_path / "out")]
     columns = ["--columns", "user=who", "item=what"]
@@ -348,6 +375,7 @@ def test_columns_may_be_called_anything(tmp_path, capsys):
     ("name", "content", "problem"),
     [
         ("m.csv", "user,item,time\na,x,1\na,y\nb,x,3\n", "line 3: it has 2 fields instead of 3"),
+        ("m.csv", "user,item,note\na,x,n\n,x\nb,y\n", "line 3: the user is empty"),
         ("m.csv", "user,item,time\na,x,1\na,y,2,9\nb,x,3\n", "line 3: it has 4 fields instead of 3"),
         ("m.csv", "user,item,time\na,x,1\na,y,soon\nb,x,3\n", "line 3: 'soon' is not a valid time"),
         ("m.csv", "user,item,time\na,x,1\n,y,2\nb,x,3\n", "line 3: the user is empty"),
@@ -384,15 +412,118 @@ def test_unusable_rows_of_parquet_are_counted(tmp_path):
         ("m.xls", b"x", "none of .csv"),
         ("m.csv", b"", "is empty"),
         ("m.csv", b"user,item\n", "holds no interactions"),
+        ("m.csv", b"user,item\na,\n", "holds no interactions; the first unusable: m.csv line 2: the item is empty"),
+        ("m.csv", b"user,item\ra,x\rb,y\r", "line 1: it is no delimited line"),
+        ("m.csv", b'user,item,note\na,x,"two\nlines"\n', "line 2: a quoted value goes over several lines"),
         ("m.parquet", b"PAR1", "not a sound Parquet file"),
         ("m.txt", b"a \xff\n", "line 1: it is not UTF-8 text"),
-        ("m.jsonl", b"{\n", "line 1: it is not JSON"),
+        ("m.jsonl", b"{\n", "does not begin with JSON objects"),
     ],
 )
 def test_files_that_are_no_tables(name, content, problem, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
         tables.read(tmp_path / name, None, Skipped())
+
+
+def test_ratings_may_be_missing_here_and_there_and_keys_may_come_late(tmp_path):
+    (tmp_path / "m.csv").write_text("user,item,rating\na,x,4\na,y,\nb,x,2\n")
+    data = prepare(Files(interactions=tmp_path / "m.csv"), tmp_path / "csv", recipe="as-is")
+    np.testing.assert_array_equal(data.ratings, np.array([4, np.nan, 2], np.float32))
+    data.verify()
+    rows = [{"user": "a", "item": "x", "time": 3}, {"user": "a", "item": "y", "time": 1, "rating": 5}]
+    write_lines(tmp_path / "m.jsonl", rows, compress=False)
+    items = write_lines(tmp_path / "i.jsonl", [{"item": "x"}, {"item": "y", "title": "Y"}], compress=False)
+    data = prepare(Files(interactions=tmp_path / "m.jsonl", items=items), tmp_path / "json", recipe="as-is")
+    assert keys_of(data) == {"a": ["y", "x"]}
+    np.testing.assert_array_equal(data.ratings, np.array([5, np.nan], np.float32))
+    assert data.titles() == [None, None, "Y"]
+
+
+def test_one_broken_line_of_an_item_table_is_left_out_and_counted(tmp_path):
+    (tmp_path / "m.txt").write_text("a x y\n")
+    items = write_lines(tmp_path / "i.jsonl", [{"item": "x", "title": "X"}, "{broken"], compress=False)
+    data = prepare(Files(interactions=tmp_path / "m.txt", items=items), tmp_path / "out", recipe="as-is")
+    assert data.titles() == [None, "X", None]
+    assert data.manifest["texts"]["unusable_lines"] == 1
+    assert data.manifest["unusable_lines"][0].startswith("i.jsonl line 2: it is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"title": "nmae"}, r"there is no column 'nmae' \(title\) in m.csv or i.csv"),
+        ({"user": "item"}, "its column 'item' cannot be both user and item"),
+    ],
+)
+def test_columns_that_are_nowhere_or_taken(columns, problem, tmp_path):
+    (tmp_path / "m.csv").write_text("user,item\na,x\n")
+    (tmp_path / "i.csv").write_text("item,name\nx,X\n")
+    with pytest.raises(UserError, match=problem):
+        tables.read(tmp_path / "m.csv", tmp_path / "i.csv", Skipped(), columns=columns)
+
+
+def test_one_name_may_be_of_one_file_alone(tmp_path):
+    (tmp_path / "m.csv").write_text("who,product\na,x\n")
+    (tmp_path / "i.csv").write_text("id,name\nx,X\n")
+    raw = tables.read(tmp_path / "m.csv", tmp_path / "i.csv", Skipped(), columns={"user": "who", "item": "product"})
+    assert raw.items(pl.Series(["x"]))["title"].to_list() == ["X"]
+
+
+@pytest.mark.parametrize("units", [1, 10**3, 10**6, 10**9])
+def test_times_of_any_fineness_become_seconds(units, tmp_path):
+    times = [1_500_000_000 * units, 1_500_000_001 * units]
+    pl.DataFrame({"user": ["a", "a"], "item": ["x", "y"], "time": times}).write_parquet(tmp_path / "m[1].parquet")
+    data = prepare(Files(interactions=tmp_path / "m[1].parquet"), tmp_path / "out[1]", recipe="as-is")
+    assert data.times.tolist() == [1_500_000_000, 1_500_000_001]
+    assert data.item_keys == ["", "x", "y"]
+
+
+@pytest.mark.parametrize("kind", [pl.Duration("ms"), pl.List(pl.Int64)])
+def test_parquet_columns_of_kinds_that_cannot_be_used(kind, tmp_path):
+    frame = pl.DataFrame({"user": ["a"], "item": ["x"], "time": pl.Series([None], dtype=kind)})
+    frame.write_parquet(tmp_path / "m.parquet")
+    with pytest.raises(UserError, match=r"columns of kinds that cannot be used|is not a valid time|no interactions"):
+        tables.read(tmp_path / "m.parquet", None, Skipped())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"seed": -1}, "must be at least 0"),
+        ({"min_positive_rating": float("nan")}, "it must be a number"),
+        ({"name": "../up"}, "cannot be the name"),
+        ({"name": "a/b"}, "cannot be the name"),
+    ],
+)
+def test_settings_that_cannot_be(options, problem, tmp_path):
+    (tmp_path / "m.txt").write_text("a x\n")
+    with pytest.raises(UserError, match=problem):
+        prepare(Files(interactions=tmp_path / "m.txt"), tmp_path / "out", **options)
+
+
+def test_other_columns_are_another_request(tmp_path):
+    (tmp_path / "m.csv").write_text("user,buyer,item\na,b,x\n")
+    files = {"interactions": tmp_path / "m.csv"}
+    prepare(Files(**files), tmp_path / "out", recipe="as-is")
+    with pytest.raises(UserError, match="prepared with columns=None"):
+        prepare(Files(**files, columns={"user": "buyer"}), tmp_path / "out", recipe="as-is")
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
+    (tmp_path / "m.txt").write_text("a x y z\n")
+    arguments = [
+        "data",
+        "prepare",
+        "--interactions",
+        str(tmp_path / "m.txt"),
+        "--recipe",
+        "as-is",
+        "--as",
+        "x[bold] [old]",
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "x[bold] [old]" in capsys.readouterr().out
 
 
 def test_as_is_keeps_rows_texts_and_numbers(tmp_path):
@@ -501,7 +632,7 @@ def test_real_raw_files_through_both_recipes(folder, test_data, tmp_path):
     if clean:
         data = prepare(files, tmp_path / "clean")
         assert (data.n_users, data.n_items, data.n_interactions) == clean
-        assert data.manifest["texts"]["junk_titles"] == (215 if "magazine" in folder else 0)
+        assert data.manifest["texts"]["junk_titles"] == (128 if "magazine" in folder else 0)
         assert not any("<" in title for title in data.titles() if title)
     account = data.manifest["rows"]
     assert account["read"] == len(raw) == account["kept"] + sum(entry["rows"] for entry in account["dropped"])

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from allmrec_jax.cli import main
 from allmrec_jax.data import batches, recipes, scenarios
-from allmrec_jax.data.dataset import Dataset, write_dataset
+from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.prepare import Files, prepare
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.training.cf import training_data
 

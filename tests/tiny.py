@@ -12,7 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from allmrec_jax.config import CF, Alignment, Injection
-from allmrec_jax.data.dataset import Dataset, write_dataset
+from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.models import params, sasrec, text_encoder
 from allmrec_jax.models.llm import llama, load
 from allmrec_jax.models.llm.tokenizer import Tokenizer, from_backend

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import polars as pl
 
-from allmrec_jax.data.formats import json_lines, json_object
-from allmrec_jax.data.lines import Block, blocks, first_line
+from allmrec_jax.data.formats import first_keys, json_lines, json_object
+from allmrec_jax.data.lines import Block, blocks
 from allmrec_jax.data.raw import ITEMS, Raw, Skipped, no_items, read_interactions, reading
 from allmrec_jax.errors import UserError
 
@@ -51,7 +51,7 @@ def find(folder: Path) -> tuple[Path, Path | None] | None:
     Raises `UserError` if there are several categories in it.
     """
     endings = ("json.gz", "jsonl.gz", "json", "jsonl")
-    files = sorted(file for end in endings for file in folder.glob(f"*.{end}"))
+    files = sorted(file for end in endings for file in folder.glob(f"[!.]*.{end}"))
     reviews = [file for file in files if not file.name.startswith("meta_")]
     metadata = [file for file in files if file.name.startswith("meta_")]
     if not reviews:
@@ -68,18 +68,14 @@ def read(reviews: Path, metadata: Path | None, skipped: Skipped, console=None) -
     Raises:
       UserError: a damaged file, too many unusable lines, or files that are not Amazon's.
     """
-    line = first_line(reviews)
-    try:
-        keys = json_object(line)
-    except ValueError:
-        keys = {}
-    known = [columns for columns in REVIEWS if columns["user"] in keys] or [REVIEWS[0]] * (not keys)
-    if not known and line:
+    keys = first_keys(reviews)
+    known = [columns for columns in REVIEWS if columns["user"] in keys]
+    if not known and keys:
         raise UserError(
-            f"{reviews} line 1 has the keys {', '.join(keys)}, which no Amazon review file has; a table of your own is "
-            "read with --interactions FILE --columns user=KEY item=KEY time=KEY"
+            f"{reviews} has the keys {', '.join(keys)}, which no Amazon review file has; a table of your own is read "
+            "with --interactions FILE --columns user=KEY item=KEY time=KEY"
         )
-    interactions = read_interactions(reviews, json_lines((known or [REVIEWS[0]])[0]), skipped, console)
+    interactions = read_interactions(reviews, json_lines((known or REVIEWS)[0]), skipped, console)
     if metadata is None:
         return Raw(interactions, no_items, skipped)
     return Raw(interactions, lambda wanted: read_metadata(metadata, wanted, skipped, console), skipped)
@@ -96,9 +92,11 @@ def read_metadata(path: Path, wanted: pl.Series, skipped: Skipped, console=None)
         for block in blocks(path):
             dialect = dialect or _dialect(path, block)
             at(block.read)
-            parts.append(_literals(path, block, wanted, bad) if dialect.literal else None)
-            if parts[-1] is None:
-                parts[-1] = _json(path, block, dialect, wanted, bad)
+            if dialect.literal:
+                parts.append(_literals(path, block, wanted, bad))
+            else:
+                parts.append(_json(path, block, dialect, wanted, bad))
+    skipped.of_items += bad.count
     skipped.examples += bad.examples
     return pl.concat([no_items(wanted), *parts])
 
@@ -129,7 +127,7 @@ def _json(path: Path, block: Block, dialect: Metadata, wanted: pl.Series, bad: S
             return _columns(frame.filter(pl.col(dialect.item).is_in(wanted.implode())), dialect)
     except pl.exceptions.PolarsError:
         pass
-    return _by_line(path, block, json_object, dialect, wanted, bad)
+    return _rows(path, block, json_object, dialect, wanted, bad)
 
 
 def _literals(path: Path, block: Block, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:
@@ -139,7 +137,7 @@ def _literals(path: Path, block: Block, wanted: pl.Series, bad: Skipped) -> pl.D
     try:
         text = lines.cast(pl.String)
     except pl.exceptions.PolarsError:
-        return _by_line(path, block, _literal, _2014, wanted, bad)
+        return _rows(path, block, _literal, _2014, wanted, bad)
     named = text.str.extract_all(r"'asin': '[^']+'").list.eval(pl.element().str.slice(9).str.head(-1))
     frame = pl.DataFrame({"line": text, "number": numbers, "named": named})
     maybe = pl.col("named").list.set_intersection(wanted.implode()).list.len() > 0
@@ -156,10 +154,6 @@ def _literal(line: bytes) -> dict[str, object]:
     if not isinstance(record, dict):
         raise ValueError("it is not a Python dict")
     return record
-
-
-def _by_line(path, block: Block, parse, dialect: Metadata, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:
-    return _rows(path, list(block), parse, dialect, wanted, bad)
 
 
 def _rows(path, lines, parse, dialect: Metadata, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:

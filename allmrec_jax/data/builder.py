@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allmrec_jax.data.dataset import Dataset, write_dataset
+from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.progress import progress
 
@@ -159,10 +160,10 @@ def write_tfds(dataset: Dataset, folder: Path, console=None) -> Path:
             for target in targets:
                 target.parent.mkdir(exist_ok=True)
                 os.replace(Path(scratch) / target.relative_to(folder), target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # array_record says of a full disk that it is a RuntimeError
         for target in targets:
             shutil.rmtree(target, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     return folder
 
 
@@ -185,21 +186,16 @@ def read_tfds(folder: Path, out: Path, *, name: str | None = None) -> Dataset:
         items = _quietly(lambda: tfds.builder_from_directory(str(folder / ITEMS / name / VERSION)))
         metadata = dict(users.info.metadata)
         source = _quietly(users.as_data_source)
-        rows = list(source["users"])
+        arrays, keys = _sequences(source["users"], metadata)
         cold = list(source["cold_users"]) if "cold_users" in source else []
         table = list(_quietly(items.as_data_source)["items"])
     except Exception as error:  # TFDS raises whatever its parts raise: AssertionError, ValueError, RuntimeError
         raise UserError(f"{folder} holds no sound data set {name!r} of allmrec ({_short(error)})") from error
-    has = metadata["has"]
-    lengths = [len(row["items"]) for row in rows]
     dataset = write_dataset(
         out,
         name=metadata["name"],
-        items=np.concatenate([row["items"] for row in rows]),
-        offsets=np.concatenate([[0, 0], np.cumsum(lengths)]),
-        times=np.concatenate([row["times"] for row in rows]) if has["times"] else None,
-        ratings=np.concatenate([row["ratings"] for row in rows]) if has["ratings"] else None,
-        user_keys=[row["key"].decode() for row in rows],
+        **arrays,
+        user_keys=keys,
         item_keys=[row["key"].decode() for row in table],
         titles=_texts(table, "title"),
         descriptions=_texts(table, "description"),
@@ -218,6 +214,23 @@ def read_tfds(folder: Path, out: Path, *, name: str | None = None) -> Dataset:
 
 
 _OURS = ("name", "seed", "no_cold_users", "counts", "has", "fingerprint")  # `write_dataset` says these itself
+
+
+def _sequences(source, metadata: dict) -> tuple[dict[str, np.ndarray | None], list[str]]:
+    """The flat arrays and the users' keys, filled in record by record."""
+    total, kinds = metadata["counts"]["interactions"], {"items": np.int32, "times": np.int64, "ratings": np.float32}
+    arrays = {name: np.empty(total, kind) if metadata["has"].get(name, True) else None for name, kind in kinds.items()}
+    offsets, keys = np.zeros(len(source) + 2, np.int64), []
+    for user, row in enumerate(source, 1):
+        start = offsets[user]
+        offsets[user + 1] = stop = start + len(row["items"])
+        for name, array in arrays.items():
+            if array is not None:
+                array[start:stop] = row[name]
+        keys.append(row["key"].decode())
+    if offsets[-1] != total:
+        raise ValueError(f"{offsets[-1]:,} interactions instead of {total:,}")
+    return {**arrays, "offsets": offsets}, keys
 
 
 def _texts(table: list[dict], name: str) -> list[str | None]:

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 import numpy as np
+from rich.markup import escape
 
 from allmrec_jax.data.dataset import Dataset
 
@@ -47,12 +48,11 @@ def summary(dataset: Dataset) -> dict:
 def describe(dataset: Dataset):
     """A rich renderable: counts, lengths, texts, repeats, time span, and every row of the input accounted for."""
     from rich.console import Group
-    from rich.markup import escape
     from rich.table import Table
 
     figures = summary(dataset)
     length = figures["length"]
-    table = Table("figure", "value", title=f"{dataset.name} ({dataset.path})", title_justify="left")
+    table = Table("figure", "value", title=escape(f"{dataset.name} ({dataset.path})"), title_justify="left")
     rows = [
         ("users / items / interactions", " / ".join(f"{figures[k]:,}" for k in ("users", "items", "interactions"))),
         ("density", f"{figures['density']:.2%}"),
@@ -74,6 +74,7 @@ def describe(dataset: Dataset):
         ("junk_titles", "titles that were scrape junk"),
         ("without_row", "items that the metadata do not have"),
         ("repeated_rows", "repeated rows in the metadata"),
+        ("unusable_lines", "lines of the metadata that could not be used"),
     ):
         if dataset.manifest.get("texts", {}).get(key):
             rows.append((what, f"{dataset.manifest['texts'][key]:,}"))
@@ -81,7 +82,7 @@ def describe(dataset: Dataset):
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
     rows.append(("fingerprint", dataset.fingerprint[:16]))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
 
     parts = [table, _scenario_table(dataset)]
     account = dataset.manifest.get("rows")
@@ -91,7 +92,7 @@ def describe(dataset: Dataset):
     balance.columns[1].justify = "right"
     balance.add_row("read", f"{account['read']:,}")
     for entry in account["dropped"]:
-        balance.add_row(f"dropped: {entry['reason']}", f"{-entry['rows']:,}")
+        balance.add_row(escape(f"dropped: {entry['reason']}"), f"{-entry['rows']:,}")
     balance.add_row("kept", f"{account['kept']:,}")
     if cold := len(dataset.cold_items):
         balance.add_row(f"of those dropped: of {cold:,} cold users, kept apart", f"{3 * cold:,}")
@@ -114,7 +115,7 @@ def _scenario_table(dataset: Dataset):
     table.columns[1].justify = "right"
     for name, entry in dataset.manifest["scenarios"].items():
         if entry["reason"] is not None:
-            table.add_row(name, "", f"not applicable: {entry['reason']}")
+            table.add_row(name, "", escape(f"not applicable: {entry['reason']}"))
         else:
             table.add_row(name, f"{entry['users']:,}", _facts(name, entry["facts"], dataset.manifest["seed"]))
     return table
@@ -139,7 +140,6 @@ def _facts(name: str, facts: dict, seed: int) -> str:
 
 def sources_table():
     """The known data sets and weights, for the terminal: what, on which terms, where from, and whether already here."""
-    from rich.markup import escape
     from rich.table import Table
 
     from allmrec_jax.data import sources

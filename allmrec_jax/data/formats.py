@@ -18,6 +18,8 @@ def json_object(line: bytes) -> dict[str, object]:
         record = json.loads(line, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error.msg} at character {error.pos + 1})") from error
     if not isinstance(record, dict):
@@ -29,23 +31,29 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
 
-def json_lines(columns: Mapping[str, str]) -> Lines:
+def json_lines(columns: Mapping[str, str], optional: frozenset[str] = frozenset()) -> Lines:
     """JSON lines; `columns` says under which key each of `KINDS` is found."""
     schema = {key: KINDS[name] for name, key in columns.items()}
     renamed = {key: name for name, key in columns.items()}
 
     def parse_line(line: bytes) -> dict[str, object]:
         record = json_object(line)
-        for key in columns.values():
-            if record.get(key) is None:
+        for name, key in columns.items():
+            if record.get(key) is None and name not in optional:
                 raise ValueError(f'it has no "{key}"')
-        return {name: record[key] for name, key in columns.items()}
+        return {name: record.get(key) for name, key in columns.items()}
 
-    return Lines(lambda data: pl.read_ndjson(data, schema=schema).rename(renamed), parse_line)
+    return Lines(lambda data: pl.read_ndjson(data, schema=schema).rename(renamed), parse_line, optional=optional)
 
 
 def delimited(
-    columns: Mapping[str, int], *, width: int, separator: str, quote: str | None = None, header: int = 0
+    columns: Mapping[str, int],
+    *,
+    width: int,
+    separator: str,
+    quote: str | None = None,
+    header: int = 0,
+    optional: frozenset[str] = frozenset(),
 ) -> Lines:
     """Values between separators; `columns` says at which position (from 0) each of `KINDS` is found.
 
@@ -81,12 +89,26 @@ def delimited(
         if quote is None:
             values = text.split(one)
         else:
-            values = next(csv.reader([text], delimiter=one, quotechar=quote), [])
-        if len(values) != width:
+            if text.count(quote) % 2:
+                raise UserError(
+                    "a quoted value goes over several lines, or a quotation mark is missing: "
+                    f"{text[:60]!r}; save the table as Parquet or JSON lines"
+                )
+            values = csv_fields(text, one)
+        if len(values) > width or any(position >= len(values) for position in columns.values()):
             raise ValueError(f"it has {len(values)} fields instead of {width}")
         return {name: values[position] for name, position in columns.items()}
 
-    return Lines(parse, parse_line, header)
+    return Lines(parse, parse_line, header, optional)
+
+
+def csv_fields(line: str, separator: str) -> list[str]:
+    """The values of one line of CSV. Raises ValueError if it is none."""
+    csv.field_size_limit(1 << 30)
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error as error:
+        raise ValueError(f"it is no delimited line ({error})") from error
 
 
 def read_sequences(path: Path, skipped: Skipped, console=None) -> pl.DataFrame:
@@ -99,7 +121,7 @@ def read_sequences(path: Path, skipped: Skipped, console=None) -> pl.DataFrame:
         for block in blocks(path):
             at(block.read)
             builder.add(_sequences(path, block, skipped))
-    return builder.frame()
+    return builder.frame(skipped)
 
 
 def _sequences(path: Path, block: Block, skipped: Skipped) -> pl.DataFrame:
@@ -116,27 +138,64 @@ def _sequences(path: Path, block: Block, skipped: Skipped) -> pl.DataFrame:
     return table.select("user", pl.col("words").list.slice(1).alias("item")).explode("item")
 
 
-def table_columns(path: Path, kind: str, separator: str | None) -> list[str]:
-    """The names of the columns (the keys of the first object) of a table, to find those we need by name."""
-    from allmrec_jax.data.lines import first_line
+def first_keys(path: Path) -> list[str]:
+    """Every key of the JSON objects in the first lines of a file, in order of appearance; [] if none is sound."""
+    keys: dict[str, None] = {}
+    for block in blocks(path, 1 << 18):
+        for _, line in block:
+            try:
+                keys.update(dict.fromkeys(json_object(line)))
+            except ValueError:
+                continue
+        break
+    return list(keys)
 
+
+def table_columns(path: Path, kind: str, separator: str) -> list[str]:
+    """The names of a table's columns, to find those we need: of the header, or the keys of the first lines."""
     if kind == "parquet":
         return list(read_parquet(path, None).columns)
-    line = first_line(path)
-    if not line:
-        raise UserError(f"{path} is empty")
-    try:
-        if kind == "json":
-            return list(json_object(line))
-        return next(csv.reader([line.decode("utf-8-sig").rstrip("\r")], delimiter=separator or ","))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} line 1: {error}") from error
+    if kind == "json":
+        keys = first_keys(path)
+        if not keys:
+            raise UserError(f"{path} does not begin with JSON objects, one a line")
+        return keys
+    for block in blocks(path, 1 << 16):
+        for number, line in block:
+            try:
+                return csv_fields(line.decode("utf-8-sig").rstrip("\r"), separator)
+            except ValueError as error:  # also UnicodeDecodeError
+                raise UserError(f"{path} line {number:,}: {error}") from error
+    raise UserError(f"{path} is empty")
+
+
+def read_json_table(path: Path, skipped: Skipped) -> pl.DataFrame:
+    """JSON lines as one table, whatever their keys. Unusable lines are counted (`Skipped.of_items`) and left out."""
+    bad, parts = Skipped(skipped.limit), []
+    for block in blocks(path):
+        try:
+            parts.append(pl.read_ndjson(block.data, infer_schema_length=None))
+        except pl.exceptions.PolarsError:
+            good = []
+            for number, line in block:
+                try:
+                    json_object(line)
+                    good.append(line)
+                except ValueError as error:
+                    bad.add(path, number, str(error))
+            if good:
+                parts.append(pl.read_ndjson(b"\n".join(good), infer_schema_length=None))
+    if not parts:
+        raise UserError(f"{path} holds no items")
+    skipped.of_items += bad.count
+    skipped.examples += bad.examples
+    return pl.concat(parts, how="diagonal_relaxed")
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
     """Columns of a Parquet file; None: no rows of any, for their names."""
     try:
-        frame = pl.scan_parquet(path)
+        frame = pl.scan_parquet(path, glob=False)
         return frame.limit(0).collect() if columns is None else frame.select(*columns).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{path} is not a sound Parquet file: get it again") from error

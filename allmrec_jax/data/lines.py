@@ -11,6 +11,7 @@ from allmrec_jax.errors import UserError
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE = 32 << 20
+_PIECE = 1 << 18  # read at once, so that damage can be told by line
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -51,20 +52,28 @@ def blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[Block]:
     """
     with open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
-        line = 1
+        line, pieces = 1, []
+
+        def reached() -> int:
+            return line + sum(piece.count(b"\n") for piece in pieces)
 
         def following() -> Block | None:
             try:
-                data = file.read(size)
+                pieces.clear()
+                while (missing := size - sum(map(len, pieces))) > 0 and (piece := file.read(min(missing, _PIECE))):
+                    pieces.append(piece)
+                data = b"".join(pieces)
                 if data and not data.endswith(b"\n"):
                     rest = file.readline(LONGEST_LINE)
                     if len(rest) == LONGEST_LINE:
                         raise UserError(f"{path} has a line of more than {LONGEST_LINE >> 20} MiB: it is no text file")
                     data += rest
             except EOFError as error:
-                raise UserError(f"{path} is cut short: its gzip data end after line {line:,}; get it again") from error
+                raise UserError(
+                    f"{path} is cut short: its gzip data end in line {reached():,}; get it again"
+                ) from error
             except (gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path} is damaged after line {line:,} ({error}); get it again") from error
+                raise UserError(f"{path} is damaged in line {reached():,} or later ({error}); get it again") from error
             if not data:
                 return None
             return Block(data, line, data.count(b"\n") + (not data.endswith(b"\n")), raw.tell())
@@ -76,11 +85,3 @@ def blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[Block]:
                 ahead = reader.submit(following)
                 yield block
                 block = ahead.result()
-
-
-def first_line(path: Path) -> bytes:
-    """The first line that is not blank, b"" if there is none. Raises as `blocks`."""
-    for block in blocks(path, 1 << 16):
-        for _, line in block:
-            return line
-    return b""

@@ -10,13 +10,13 @@ listed)` are no genres. These are complete, published files: the first line that
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from allmrec_jax.data.formats import delimited
+from allmrec_jax.data.formats import delimited, read_parquet
 from allmrec_jax.data.raw import ITEMS, Interactions, Lines, Raw, Skipped, check_rows, read_interactions
 from allmrec_jax.errors import UserError
 
@@ -77,7 +77,7 @@ def read(folder: Path, console=None) -> Raw:
     if release.lines is None:
         interactions = Interactions(data)
         interactions.add(check_rows(data, _read_data_parquet(data), skipped))
-        frame, unit = interactions.frame(), "row"
+        frame, unit = interactions.frame(skipped), "row"
     else:
         frame, unit = read_interactions(data, release.lines, skipped, console), "line"
     items = release.items(films)
@@ -109,14 +109,11 @@ def _read_data_parquet(path: Path) -> pl.DataFrame:
     return _read_parquet(path, columns).rename(columns)
 
 
-def _read_parquet(path: Path, columns) -> pl.DataFrame:
-    try:
-        frame = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is not a sound Parquet file: get it again") from error
-    if missing := [name for name in columns if name not in frame.columns]:
-        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(frame.columns)}")
-    return frame.select(list(columns))
+def _read_parquet(path: Path, columns: Iterable[str]) -> pl.DataFrame:
+    there = read_parquet(path, None).columns
+    if missing := [name for name in columns if name not in there]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(there)}")
+    return read_parquet(path, list(columns))
 
 
 # ------------------------------------------------------------------------------------------------------ film files

@@ -1,6 +1,7 @@
 """Raw files -> prepared data set: read, filter by recipe, number, order, clean the texts, write."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,8 +12,9 @@ import numpy as np
 import polars as pl
 
 from allmrec_jax.data import amazon, movielens, recipes, sources, tables, text
-from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset, write_dataset
+from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
 from allmrec_jax.data.raw import MAX_BAD_LINES, Raw, Skipped, describe_inputs, in_seconds
+from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.progress import say
 
@@ -78,12 +80,20 @@ def prepare(
                 raise UserError(f"{option} belongs to the clean recipe, not to the recipe {recipe}")
     if k_core is not None and k_core < 1:
         raise UserError(f"k_core is {k_core}: it must be at least 1")
+    if min_positive_rating is not None and not math.isfinite(min_positive_rating):
+        raise UserError(f"min_positive_rating is {min_positive_rating}: it must be a number")
+    if seed < 0 or max_bad_lines < 0:
+        raise UserError("seed and max_bad_lines must be at least 0")
+    if name is not None and (name.startswith(".") or set(name) & set("/\\:") or not name.strip()):
+        raise UserError(f"{name!r} cannot be the name of a data set: files are called by it")
     named = isinstance(source, str) and source in sources.KNOWN
-    source_name = source.name if isinstance(source, Files) else source if named else Path(source).resolve().name
+    source_name = _source_name(source)
     settings = {"source": source_name, "name": name or source_name, "recipe": recipe, "strip_years": strip_years}
+    if isinstance(source, Files) and source.columns:
+        settings["columns"] = dict(source.columns)
     if recipe == "clean":
         given = {"k_core": k_core, "min_positive_rating": min_positive_rating}
-        default = recipes.defaults(_spoken(settings["name"]))
+        default = recipes.defaults(_spoken(settings))
         settings |= {key: default[key] if value is None else value for key, value in given.items()}
     settings["seed"] = seed
     existing = _existing(out)
@@ -135,7 +145,9 @@ def _reader(source: str | Files, cache: Path | None, console) -> _Reader:
         if path.name == source:
             sources.known(source)  # raises, with the closest name
         raise UserError(f"{source} does not exist; {_data_sets()}")
-    return _folder(path if path.is_dir() else path.parent)
+    if not path.is_dir():
+        raise UserError(f"{source} is a file: name it with --reviews or --interactions, or give its folder")
+    return _folder(path)
 
 
 def _folder(folder: Path) -> _Reader:
@@ -159,8 +171,6 @@ def _prepare(raw: Raw, settings: dict, inputs: list[dict], out: Path, console) -
     per_second = in_seconds(frame["time"])
     user_names, item_names = frame["user"], frame["item"]
     del frame
-    if skipped.count and console is not None:
-        say(console, f"{skipped.count:,} unusable lines left out, the first: {skipped.examples[0]}")
 
     cold = np.zeros(len(users), bool)
     no_cold_users = None
@@ -174,7 +184,7 @@ def _prepare(raw: Raw, settings: dict, inputs: list[dict], out: Path, console) -
         else:
             no_cold_users = f"with k_core {settings['k_core']} a user of three interactions belongs to the core"
     elif recipe == "reference":
-        keep, dropped = recipes.reference(users, items, ratings, name=_spoken(settings["name"]))
+        keep, dropped = recipes.reference(users, items, ratings, name=_spoken(settings))
     else:
         keep, dropped = np.ones(len(users), bool), []
     kept = int(keep.sum())
@@ -199,6 +209,9 @@ def _prepare(raw: Raw, settings: dict, inputs: list[dict], out: Path, console) -
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user_ids, minlength=len(user_keys) + 1))])
     item_rows = raw.items(item_keys)
     texts, text_counts = text.item_texts(item_rows, item_keys, recipe=recipe, strip_years=settings["strip_years"])
+    text_counts["unusable_lines"] = skipped.of_items
+    if skipped.examples and console is not None:
+        say(console, f"{skipped.count + skipped.of_items:,} unusable lines left out, the first: {skipped.examples[0]}")
     if skipped.count:
         dropped = [{"reason": "line that cannot be used", "rows": skipped.count}, *dropped]
     return write_dataset(
@@ -259,9 +272,21 @@ def _as_numbered(ids: np.ndarray, keys: pl.Series) -> tuple[np.ndarray, pl.Serie
     return by_number[ids], pl.Series(range(1, len(keys) + 1)).cast(pl.String)
 
 
-def _spoken(name: str) -> str:
-    """A named data set as Amazon writes it, so that `amazon-2018-luxury-beauty` contains `Beauty`."""
-    return name.title() if name in sources.KNOWN else name
+def _source_name(source: str | Files) -> str:
+    """What a data set is called if nobody says otherwise: after its source, or Amazon's review file."""
+    if isinstance(source, Files):
+        return source.name
+    if source in sources.KNOWN:
+        return source
+    path = Path(source).expanduser()
+    found = amazon.find(path) if path.is_dir() and movielens.find(path) is None else None
+    return Files(reviews=found[0]).name if found else path.resolve().name
+
+
+def _spoken(settings: dict) -> str:
+    """The names that decide on Beauty and Toys; `amazon-2018-luxury-beauty` as Amazon writes it, Luxury-Beauty."""
+    source = settings["source"]
+    return f"{settings['name']} {source.title() if source in sources.KNOWN else source}"
 
 
 def _data_sets() -> str:

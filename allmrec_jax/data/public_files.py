@@ -17,8 +17,10 @@ from allmrec_jax.errors import UserError
 
 def sequence_text(dataset: Dataset) -> str:
     """The content of `NAME.txt`."""
-    pairs = np.stack([dataset.users_of_items(), dataset.items], axis=1)
-    return "".join(f"{user} {item}\n" for user, item in pairs.tolist())
+    import polars as pl
+
+    pairs = pl.DataFrame({"user": dataset.users_of_items(), "item": np.asarray(dataset.items)})
+    return pairs.write_csv(include_header=False, separator=" ")
 
 
 def text_dict(dataset: Dataset) -> dict[str, dict[int, str]]:
@@ -33,15 +35,17 @@ def write_public(dataset: Dataset, folder: Path) -> tuple[Path, Path]:
         folder / f"{dataset.name}.txt": sequence_text(dataset).encode(),
         folder / f"{dataset.name}_text_name_dict.json.gz": pickle.dumps(text_dict(dataset), protocol=4),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for path in contents:
         if path.exists():
             raise UserError(f"{path} exists already: choose another --out or delete it")
     for path, content in contents.items():
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
             os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
             temporary.unlink(missing_ok=True)
     return tuple(contents)

@@ -31,7 +31,8 @@ ITEMS = {
 """Columns of item texts: a description is its paragraphs; `plain` if the input has it as one string, not a list."""
 
 MAX_BAD_LINES = 100
-_MILLISECONDS = 10**11  # a time above this is in milliseconds: as seconds it would lie in the year 5138 or later
+# A time above this is in milliseconds (as seconds it would lie after the year 5138), microseconds, nanoseconds.
+_FINER = ((10**17, 10**9), (10**14, 10**6), (10**11, 10**3))
 _SHOWN = 5
 
 
@@ -41,6 +42,7 @@ class Skipped:
 
     limit: int = MAX_BAD_LINES
     count: int = 0
+    of_items: int = 0  # lines of the item file, which are no rows
     examples: list[str] = field(default_factory=list)
 
     def add(self, path: Path, number: int, problem: str, *, unit: str = "line") -> None:
@@ -101,11 +103,13 @@ class Lines:
       for each line.
     parse_line: one line -> {"user": ..., ...}; raises ValueError saying what is wrong.
     header: number of lines to leave out at the beginning.
+    optional: columns in which a row may have nothing.
     """
 
     parse: Callable[[bytes], pl.DataFrame]
     parse_line: Callable[[bytes], Mapping[str, object]]
     header: int = 0
+    optional: frozenset[str] = frozenset()
 
 
 def read_interactions(path: Path, lines: Lines, skipped: Skipped, console=None) -> pl.DataFrame:
@@ -126,33 +130,48 @@ def read_interactions(path: Path, lines: Lines, skipped: Skipped, console=None) 
             if data:
                 rows = block.lines - (lines.header if block.first == 1 else 0)
                 builder.add(_parsed(path, Block(data, block.first + block.lines - rows, rows, 0), lines, skipped))
-    return builder.frame()
+    return builder.frame(skipped)
 
 
 def _parsed(path: Path, block: Block, lines: Lines, skipped: Skipped) -> pl.DataFrame:
     try:
         frame = lines.parse(block.data)
-        if frame.height == block.lines and frame.select(_sound(frame.columns).all()).item():
+        if frame.height == block.lines and frame.select(_sound(frame.columns, lines.optional).all()).item():
             return frame
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
         pass
     rows: list[dict[str, object]] = []
     for number, line in block:
         try:
-            rows.append({name: CHECKS[name](value) for name, value in lines.parse_line(line).items()})
+            rows.append(
+                {
+                    name: None if value in (None, "") and name in lines.optional else CHECKS[name](value)
+                    for name, value in lines.parse_line(line).items()
+                }
+            )
         except ValueError as error:
             skipped.add(path, number, str(error))
+        except UserError as error:
+            raise UserError(f"{path} line {number:,}: {error}") from error
     return pl.DataFrame(rows, schema={name: kind for name, kind in KINDS.items() if rows and name in rows[0]})
 
 
-def _sound(columns: Iterable[str]) -> pl.Expr:
+def _sound(columns: Iterable[str], optional: frozenset[str] = frozenset()) -> pl.Expr:
     rules = {
-        "user": pl.col("user") != "",
-        "item": pl.col("item") != "",
+        "user": _is_id("user"),
+        "item": _is_id("item"),
         "rating": pl.col("rating").is_finite(),
         "time": pl.col("time") >= 0,
     }
-    return pl.all_horizontal(rules[name].fill_null(False) for name in columns)
+    return pl.all_horizontal(rules[name].fill_null(name in optional) for name in columns)
+
+
+def _is_id(name: str) -> pl.Expr:
+    # polars writes a JSON list or object as text, and half a surrogate pair as NUL: such a line is looked at by itself.
+    text = pl.col(name)
+    return (
+        (text != "") & ~text.str.starts_with("[") & ~text.str.starts_with("{") & ~text.str.contains("\0", literal=True)
+    )
 
 
 class Interactions:
@@ -172,17 +191,26 @@ class Interactions:
                 frame.with_columns(*ids, *missing).select(*KINDS).with_columns(pl.col("rating").cast(pl.Float32))
             )
 
-    def frame(self) -> pl.DataFrame:
+    def frame(self, skipped: Skipped) -> pl.DataFrame:
         """All rows. Raises `UserError` if there are none."""
         if not self._parts:
-            raise UserError(f"{self.path} holds no interactions")
+            first = f"; the first unusable: {skipped.examples[0]}" if skipped.examples else ""
+            raise UserError(f"{self.path} holds no interactions{first}")
         return pl.concat(self._parts)
 
 
-def check_rows(path: Path, frame: pl.DataFrame, skipped: Skipped, unit: str = "row") -> pl.DataFrame:
+def check_rows(
+    path: Path, frame: pl.DataFrame, skipped: Skipped, unit: str = "row", optional: frozenset[str] = frozenset()
+) -> pl.DataFrame:
     """The sound rows of a table whose columns are some of `KINDS`, cast to them; row i is row i + 1 of the file."""
-    cast = frame.select(pl.col(name).cast(KINDS[name], strict=False) for name in frame.columns)
-    sound = cast.select(_sound(cast.columns)).to_series()
+    try:
+        cast = frame.select(pl.col(name).cast(KINDS[name], strict=False) for name in frame.columns)
+    except pl.exceptions.PolarsError as error:
+        kinds = ", ".join(f"{name}: {kind}" for name, kind in frame.schema.items())
+        raise UserError(f"{path} has columns of kinds that cannot be used ({kinds})") from error
+    sound = cast.select(_sound(cast.columns, optional)).to_series()
+    if "time" in frame.columns and frame["time"].dtype.is_float():
+        sound &= (frame["time"] == frame["time"].floor()).fill_null(False)
     for row in sound.not_().arg_true():
         for name in cast.columns:
             try:
@@ -196,28 +224,29 @@ def check_rows(path: Path, frame: pl.DataFrame, skipped: Skipped, unit: str = "r
 
 
 def in_seconds(times: pl.Series) -> int:
-    """How many units of these times are one second: 1, or 1000 if they are milliseconds."""
+    """How many units of these times are one second, by their median: 1, or 1000 if they are milliseconds, and so on."""
     middle = times.median()
-    return 1000 if middle is not None and float(middle) > _MILLISECONDS else 1
+    return next((units for least, units in _FINER if middle is not None and float(middle) > least), 1)
 
 
 # --------------------------------------------------------------------------------------------- one value of a line
 
 
 def _id(name: str, value: object) -> str:
-    if isinstance(value, str):
-        value.encode()  # a ValueError, if it is not Unicode text
-    elif isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool):
+        return str(value).lower()  # as polars writes it
+    if not isinstance(value, str | int | float):
         raise ValueError(f"{value!r} is not a valid {name}")
     if value == "":
         raise ValueError(f"the {name} is empty")
+    str(value).encode()  # a ValueError, if it is not Unicode text
     return str(value)
 
 
 def _number(name: str, value: object) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{value!r} is not a valid {name}")

@@ -6,7 +6,7 @@
     cold-users            users with exactly three interactions, left out of all training: history two, target the last
     few-shot-256, -128    the users that everything is trained on; tested on the users of `overall`
     cross-domain          trained on another data set: items are known by their texts alone
-    genres                which categories would this user enjoy
+    genres                which categories would this user enjoy: users whose test item has some
 
 The paper says "bottom / top 35 % of interactions" and no more. Here ALL items of the catalogue are ranked by their
 training interactions, ties by id, and floor(0.35 n) of them are cold, as many are warm.
@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 if TYPE_CHECKING:
     from allmrec_jax.data.dataset import Dataset
 
-SHARE = 0.35
+SHARE = 35  # per cent
 FEW = 5
 FEW_SHOT = (256, 128)
 COLD_LENGTH = 3
@@ -56,12 +56,18 @@ class Scenario:
 
 
 def make(
-    dataset: Dataset, *, seed: int, with_text: int, with_category: int, cold_users: str | None = None
+    dataset: Dataset,
+    *,
+    seed: int,
+    with_text: int,
+    with_category: Bool[np.ndarray, " catalogue"],
+    cold_users: str | None = None,
 ) -> dict[str, Scenario]:
     """The scenarios of a data set.
 
     Args:
-      with_text, with_category: how many items have a title or description, and how many a category.
+      with_text: how many items have a title or description.
+      with_category: whether item 1, 2, ... has a category.
       cold_users: why there can be no cold users, if the recipe leaves none.
     """
     tested = np.flatnonzero(dataset.has_target("test")).astype(np.int32)
@@ -76,15 +82,16 @@ def make(
         found[f"few-shot-{k}"] = Scenario(users, facts={"tested": len(tested)}, reason=reason)
     texts = {"items_with_text": with_text}
     found["cross-domain"] = Scenario(tested, facts=texts, reason=None if with_text else "no item has a text")
-    categories = {"items_with_category": with_category}
-    found["genres"] = Scenario(tested, facts=categories, reason=None if with_category else "no item has a category")
+    scored = tested[with_category[dataset.targets("test")[tested] - 1]]
+    reason = None if len(scored) else "no test item has a category" if with_category.any() else "no item has a category"
+    found["genres"] = Scenario(scored, facts={"items_with_category": int(with_category.sum())}, reason=reason)
     return {name: found[name] for name in NAMES}
 
 
 def _by_popularity(dataset: Dataset, tested: Integer[np.ndarray, " users"]) -> dict[str, Scenario]:
     counts = dataset.train_counts()[1:]
     ranked = np.argsort(counts, kind="stable") + 1
-    size = int(SHARE * len(counts))
+    size = SHARE * len(counts) // 100
     targets = dataset.targets("test")[tested]
     found = {}
     for name, chosen in (("cold-items", ranked[:size]), ("warm-items", ranked[len(ranked) - size :])):

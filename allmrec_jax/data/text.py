@@ -8,7 +8,7 @@ import polars as pl
 _TAG = r"<!--.*?-->|</?[A-Za-z][^<>]*>"  # `I <3 you` is not a tag
 _JUNK = re.compile(
     r"<(span|div|script|style|img|a|table)\b"  # cut off inside a tag by the scraper
-    r"|\bvar\s+\w+\s*=|\bfunction\s*\(|getTime\(\)|^\s*\.[\w-]+\s*\{",
+    r"|\bvar\s+\w+\s*=|\bfunction\s*\([\w\s,]*\)\s*\{|getTime\(\)|^\s*\.[\w-]+\s*\{",
     re.IGNORECASE,
 )
 _YEAR = r"\s*\((?:18|19|20)\d\d\)(?:\s*\(T?V\))?\s*$"
@@ -40,7 +40,8 @@ def item_texts(rows: pl.DataFrame, keys: pl.Series, *, recipe: str, strip_years:
     elif recipe == "as-is":
         table = rows.with_columns(description=joined).unique("item", keep="last", maintain_order=True)
     else:
-        titles, junk = clean_titles(rows["title"])
+        titles, is_junk = clean_titles(rows["title"])
+        junk = rows.filter(is_junk & rows["item"].is_in(keys.implode()))["item"].n_unique()
         rows = rows.with_columns(joined)
         rows = rows.with_columns(titles.alias("title"), *(clean_text(rows[name]) for name in ("description", "brand")))
         rows = rows.with_columns(_clean_lists(rows["categories"]))
@@ -91,12 +92,12 @@ def clean_text(column: pl.Series) -> pl.Series:
     return frame.select(pl.when(pl.col("text") != "").then(pl.col("text"))).to_series().rename(column.name)
 
 
-def clean_titles(column: pl.Series) -> tuple[pl.Series, int]:
-    """Cleaned titles, and how many were scrape junk: those are null, as if missing."""
+def clean_titles(column: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """Cleaned titles, and which were scrape junk: those are null, as if missing."""
     junk = column.map_elements(is_junk_title, return_dtype=pl.Boolean).fill_null(False)
     frame = pl.DataFrame({"title": column, "junk": junk})
     kept = frame.select(pl.when(~pl.col("junk")).then(pl.col("title"))).to_series()
-    return clean_text(kept).rename(column.name), int(junk.sum())
+    return clean_text(kept).rename(column.name), junk
 
 
 def without_years(column: pl.Series) -> pl.Series:

