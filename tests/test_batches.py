@@ -189,3 +189,21 @@ def test_seen_items_must_be_ascending_and_known():
     with pytest.raises(ValueError, match=r"within 1\.\.n_items"):
         _seen([[6]], 5)
     _seen([[5], [1]], 5)  # descending from one user to the next is fine
+
+
+@pytest.mark.parametrize(("mean", "batch", "multiple"), [(3, 128, 8), (3, 16, 1), (20, 128, 8), (200, 128, 8)])
+def test_length_tiers_hold_every_batch_with_fewer_positions(mean, batch, multiple):
+    random = np.random.default_rng(0)
+    lengths = random.geometric(1 / mean, 5000)
+    tiers = batches.length_tiers(lengths, 50, batch, multiple)
+    if mean == 200:  # everybody's window is full: nothing to save
+        assert tiers == ()
+        return
+    widths, capacities = (np.array(column) for column in zip(*tiers, strict=True))
+    assert capacities.sum() == batch
+    assert not (capacities % multiple).any()
+    assert (np.diff(widths) > 0).all()
+    assert widths[-1] == 50
+    assert (widths * capacities).sum() < 50 * batch * 2 / 3
+    drawn = np.sort(np.minimum(lengths, 50)[random.integers(0, 5000, (500, batch))], axis=1)
+    assert (drawn[:, np.cumsum(capacities) - 1] > widths[None]).any(1).mean() < 0.02

@@ -1,5 +1,7 @@
 """The number of devices, and how they are mapped, change nothing but the order of summation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from allmrec_jax.models import alignment, params, sasrec
 from allmrec_jax.training import align, cf, mesh
 from allmrec_jax.training.state import create
 
+TIERS = ((8, 8), (10, 8))
 WAYS = [("shard_map", 8), ("pmap", 8), ("shard_map", 2)]
 
 
@@ -27,13 +30,14 @@ def on(devices: int) -> list:
 def epoch(tmp_path_factory):
     """`epoch(how, devices)`: the state and losses after an epoch of stage 0 from a fixed start."""
     dataset = tiny.dataset(tmp_path_factory.mktemp("data") / "tiny")
-    c = sasrec.SASRecConfig(dataset.n_items, width=8, blocks=1, heads=1, maxlen=10)
+    c = sasrec.SASRecConfig(dataset.n_items, width=8, blocks=1, heads=1, maxlen=10, dropout=0.3)
     optimiser = optax.sgd(1.0, momentum=0.9)  # Adam would blow up the rounding of gradients that are 0
     data = cf.training_data(dataset)
 
-    def run(how: str, devices: int):
+    def run(how: str, devices: int, tiers: tuple = TIERS, dropout: float = 0.3):
+        config = dataclasses.replace(c, dropout=dropout)
         state = create(params.init(jax.random.key(0), sasrec.describe(c)), optimiser)
-        made = cf.make_epoch(c, optimiser, on(devices), batch=16, steps=3, l2_emb=1e-3, how=how)
+        made = cf.make_epoch(config, optimiser, on(devices), batch=16, steps=3, l2_emb=1e-3, tiers=tiers, how=how)
         return jax.device_get(made(state, data, jax.random.key(1)))
 
     return run
@@ -52,6 +56,18 @@ def test_an_epoch_of_stage_0(epoch, one_device_epoch, how, devices):
     assert int(state.step) == 3
     assert_close(losses, expected_losses)
     assert_close(state, expected_state)
+
+
+def test_tiers_change_nothing_without_dropout(epoch):
+    in_tiers, whole = (epoch("shard_map", 2, tiers, 0.0) for tiers in (TIERS, ()))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), in_tiers, whole)
+
+
+def test_a_batch_that_fits_no_tiers_is_computed_at_full_width(epoch):
+    too_narrow, whole = (epoch("shard_map", 2, tiers) for tiers in (((1, 8), (2, 8)), ()))
+    assert_close(too_narrow, whole)
+    fitting = epoch("shard_map", 2)[1]["loss"]  # other masks: these did go another way
+    assert (np.abs(fitting - whole[1]["loss"]) > 1e-4).any()
 
 
 @pytest.fixture(scope="module")

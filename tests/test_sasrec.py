@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -119,3 +120,69 @@ def test_the_paper_s_size_has_the_public_code_s_parameters():
     # E, positions, 2 blocks of (LN, packed in-projection, out, LN, two convolutions), the last LN
     block = 2 * 50 + 3 * 50 * 51 + 50 * 51 + 2 * 50 + 2 * 50 * 51
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(described)) == 6142 * 50 + 50 * 50 + 2 * block + 100
+
+
+# ------------------------------------------------------------------------------------------------------ short windows
+
+SHORT = 4
+LENGTHS = np.array([0, 1, 2, 4, 3])
+PADS = jnp.asarray(C.maxlen - LENGTHS)
+
+
+def _left_padded(seed: int = 0) -> np.ndarray:
+    items = np.random.default_rng(seed).integers(1, C.n_items + 1, (len(LENGTHS), C.maxlen))
+    return np.where(np.arange(C.maxlen)[None] >= C.maxlen - LENGTHS[:, None], items, 0).astype(np.int32)
+
+
+def test_short_windows_give_the_features_of_the_whole_window(weights):
+    """One virtual key stands for all the padded ones."""
+    whole = _left_padded()
+    expected = np.asarray(features(weights, C, whole))[:, -SHORT:]
+    found = np.asarray(features(weights, C, whole[:, -SHORT:], None, PADS))
+    real = whole[:, -SHORT:] > 0
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    at_full_width = np.asarray(features(weights, C, whole, None, PADS))[:, -SHORT:]
+    np.testing.assert_allclose(at_full_width[real], expected[real], rtol=1e-4, atol=1e-5)
+    no_pads = features(weights, C, WINDOWS[1:], None, jnp.zeros(1, jnp.int32))
+    np.testing.assert_allclose(no_pads, features(weights, C, WINDOWS[1:]), rtol=1e-5, atol=1e-6)
+
+
+def test_short_windows_give_the_loss_and_the_gradients_of_the_whole_window(weights):
+    windows = _left_padded()
+    positives, negatives = (np.where(windows > 0, _left_padded(seed) + 0, 0) for seed in (1, 2))
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def both(w, windows, positives, negatives, short):
+        pads = PADS if short else None
+        return jax.value_and_grad(lambda w: sasrec.loss_terms(w, C, windows, positives, negatives, None, pads)[0])(w)
+
+    whole = both(weights, windows, positives, negatives, False)
+    short = both(weights, *(ids[:, -SHORT:] for ids in (windows, positives, negatives)), True)
+    for ours, theirs in zip(jax.tree.leaves(short), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_dropout_of_short_windows_is_right_in_distribution(weights):
+    """Mean and spread over many masks: the virtual key's share varies as all the pads' would."""
+    row, masks = 3, 4000  # four items, six pads
+    windows = np.repeat(_left_padded()[row : row + 1], masks, axis=0)
+    one_block = dataclasses.replace(C, blocks=1)
+    w = weights | {"blocks": jax.tree.map(lambda leaf: leaf[:1], weights["blocks"])}
+    keys = jax.random.split(jax.random.key(0), 2 * masks)
+    whole = np.asarray(features(w, one_block, windows, keys[:masks]))[:, -1]
+    short = np.asarray(features(w, one_block, windows[:, -SHORT:], keys[masks:], jnp.full(masks, C.maxlen - 4)))[:, -1]
+    standard_error = whole.std(0) / np.sqrt(masks)
+    assert (np.abs(short.mean(0) - whole.mean(0)) < 6 * standard_error).all()
+    np.testing.assert_allclose(short.std(0), whole.std(0), rtol=0.08)
+
+
+@pytest.mark.parametrize("pads", [1, 4, 9])
+def test_the_pads_that_dropout_keeps_are_binomial(pads):
+    c = dataclasses.replace(C, dropout=0.3)
+    keys = jax.random.split(jax.random.key(pads), 3)
+    share = np.asarray(sasrec._kept_share(c, keys, 1, jnp.full(3, pads), (2, 4000)))
+    kept = np.rint(share * pads * 0.7).astype(int)
+    np.testing.assert_allclose(kept, share * pads * 0.7, atol=1e-4)
+    found = np.bincount(kept.ravel(), minlength=pads + 1) / kept.size
+    expected = [math.comb(pads, k) * 0.7**k * 0.3 ** (pads - k) for k in range(pads + 1)]
+    np.testing.assert_allclose(found, expected, atol=0.012)

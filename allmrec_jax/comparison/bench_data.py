@@ -210,23 +210,22 @@ def _floors(folder: Path) -> dict[str, float]:
     """Seconds for what nobody can leave out: decompressing the reviews, and parsing them from memory."""
     from allmrec_jax.data.amazon import REVIEWS as COLUMNS
     from allmrec_jax.data.formats import json_lines
-    from allmrec_jax.data.lines import blocks
 
-    start = time.perf_counter()
+    lines, gunzip, parse = json_lines(COLUMNS[0]), 0.0, 0.0
     with gzip.open(folder / REVIEWS) as file:
-        while file.read(1 << 23):
-            pass
-    gunzip = time.perf_counter() - start
-    parse, lines = 0.0, json_lines(COLUMNS[0])
-    for block in blocks(folder / REVIEWS):
-        start = time.perf_counter()
-        lines.parse(block.data)
-        parse += time.perf_counter() - start
-    return {"gunzip floor (s)": gunzip, "parse floor (s)": parse}
+        while True:
+            start = time.perf_counter()
+            data = file.read(8 << 20) + file.readline()
+            read = time.perf_counter()
+            gunzip += read - start
+            if not data:
+                return {"gunzip floor (s)": gunzip, "parse floor (s)": parse}
+            lines.parse(data)
+            parse += time.perf_counter() - read
 
 
-def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: int = 1024) -> Row:
-    """`data.batches`: sequences a second of maxlen 50, with one negative a position."""
+def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: int = 8192) -> Row:
+    """`data.batches`: sequences a second of maxlen 50, with one negative a position, drawn as in stage 0."""
     import jax
 
     from allmrec_jax.data import batches
@@ -245,7 +244,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
         "users": jax.numpy.arange(1, users + 1),
         "seen": batches.seen_items(np.concatenate(sets), counts, n_items),
     }
-    key, steps, loop_steps = jax.random.key(SEED), 64, 1
+    key, steps, loop_rows = jax.random.key(SEED), max(1, 65_536 // batch), 2000
 
     @jax.jit
     def draw(first, data):
@@ -267,7 +266,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
 
     def loop() -> float:
         start = time.perf_counter()
-        for _ in range(loop_steps * batch):
+        for _ in range(loop_rows):
             user = int(rng.integers(1, users + 1))
             window, positive, negative = (np.zeros(MAXLEN, np.int32) for _ in range(3))
             following, at = sequences[user][-1], MAXLEN - 1
@@ -280,7 +279,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
                 following, at = item, at - 1
                 if at < 0:
                     break
-        return (time.perf_counter() - start) / (loop_steps * batch)
+        return (time.perf_counter() - start) / loop_rows
 
     seconds = interleave([("ours", ours), ("loop", loop)], repeats, console)
     return row(

@@ -10,9 +10,11 @@ millions of items do not fill the memory.
 """
 
 import ast
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -87,18 +89,41 @@ def read_metadata(path: Path, wanted: pl.Series, skipped: Skipped, console=None)
     A line that cannot be used counts as skipped, but not as a row: rows are interactions.
     """
     bad = Skipped(skipped.limit)
-    parts, dialect = [], None
+    parts: list[pl.DataFrame] = []
     with reading(path, console) as at:
+        dialect = _dialect(path, next(blocks(path, 1 << 18), Block(b"", 1, 0, 0)))
+        whole = None if dialect.literal else _whole(path, dialect, wanted)
+        if whole is not None:
+            return whole
         for block in blocks(path):
-            dialect = dialect or _dialect(path, block)
             at(block.read)
-            if dialect.literal:
-                parts.append(_literals(path, block, wanted, bad))
-            else:
-                parts.append(_json(path, block, dialect, wanted, bad))
+            read = _literals if dialect.literal else _json
+            parts.append(read(path, block, dialect, wanted, bad))
     skipped.of_items += bad.count
     skipped.examples += bad.examples
     return pl.concat([no_items(wanted), *parts])
+
+
+def _whole(path: Path, dialect: Metadata, wanted: pl.Series) -> pl.DataFrame | None:
+    """The wanted rows of a file of JSON lines, None if any line of it is amiss."""
+    item = pl.col(dialect.item)
+    scanned = pl.scan_ndjson(glob.escape(str(path)), schema=_schema(dialect))
+    try:
+        found = scanned.filter(item.is_in(wanted.implode()) | item.is_null()).collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError):
+        return None
+    return None if found[dialect.item].null_count() else _columns(found, dialect)
+
+
+def _schema(dialect: Metadata) -> dict[str, Any]:
+    words = pl.List(pl.String)
+    return {
+        dialect.item: pl.String(),
+        "title": pl.String(),
+        "description": words if dialect.paragraphs else pl.String(),
+        dialect.categories: pl.List(words) if dialect.nested else words,
+        dialect.brand: pl.String(),
+    }
 
 
 def _dialect(path: Path, block: Block) -> Metadata:
@@ -113,16 +138,8 @@ def _dialect(path: Path, block: Block) -> Metadata:
 
 
 def _json(path: Path, block: Block, dialect: Metadata, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:
-    categories = pl.List(pl.List(pl.String)) if dialect.nested else pl.List(pl.String)
-    schema = {
-        dialect.item: pl.String,
-        "title": pl.String,
-        "description": pl.List(pl.String) if dialect.paragraphs else pl.String,
-        dialect.categories: categories,
-        dialect.brand: pl.String,
-    }
     try:
-        frame = pl.read_ndjson(block.data, schema=schema)
+        frame = pl.read_ndjson(block.data, schema=_schema(dialect))
         if frame.height == block.lines and not frame[dialect.item].null_count():
             return _columns(frame.filter(pl.col(dialect.item).is_in(wanted.implode())), dialect)
     except pl.exceptions.PolarsError:
@@ -130,20 +147,20 @@ def _json(path: Path, block: Block, dialect: Metadata, wanted: pl.Series, bad: S
     return _rows(path, block, json_object, dialect, wanted, bad)
 
 
-def _literals(path: Path, block: Block, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:
+def _literals(path: Path, block: Block, dialect: Metadata, wanted: pl.Series, bad: Skipped) -> pl.DataFrame:
     """Python literals take long to read: only lines in which a wanted id stands are."""
     lines = pl.Series([line for _, line in block], dtype=pl.Binary)
     numbers = pl.Series([number for number, _ in block], dtype=pl.Int64)
     try:
         text = lines.cast(pl.String)
     except pl.exceptions.PolarsError:
-        return _rows(path, block, _literal, _2014, wanted, bad)
+        return _rows(path, block, _literal, dialect, wanted, bad)
     named = text.str.extract_all(r"'asin': '[^']+'").list.eval(pl.element().str.slice(9).str.head(-1))
     frame = pl.DataFrame({"line": text, "number": numbers, "named": named})
     maybe = pl.col("named").list.set_intersection(wanted.implode()).list.len() > 0
     frame = frame.filter((pl.col("named").list.len() == 0) | maybe)
     chosen = [(number, line.encode()) for line, number in frame.select("line", "number").iter_rows()]
-    return _rows(path, chosen, _literal, _2014, wanted, bad)
+    return _rows(path, chosen, _literal, dialect, wanted, bad)
 
 
 def _literal(line: bytes) -> dict[str, object]:

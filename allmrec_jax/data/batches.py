@@ -64,6 +64,8 @@ def training_rows(
 
         items 3 9 4 5, length 5      window 0 0 3 9 4     positive 0 0 9 4 5     negative: anything but 3 9 4 5
 
+    A row's last positions are the same at any length.
+
     Args:
       data: `items` (flat), `start` and `end` of the training items of each eligible user in it, `users` (their ids) and
         `seen`.
@@ -74,7 +76,42 @@ def training_rows(
     positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
     windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
     users = data["users"][chosen]
-    return users, windows, positives, draw_negatives(key, step, rows, users, data["seen"], length)
+    negatives = draw_negatives(key, step, rows, users, data["seen"], length)[:, ::-1]  # from the last position on
+    return users, windows, positives, negatives
+
+
+def length_tiers(
+    lengths: Integer[np.ndarray, " users"], maxlen: int, batch: int, multiple: int, most: int = 3, seed: int = 0
+) -> tuple[tuple[int, int], ...]:
+    """(width, capacity) of each tier: where the rows of a batch go if sorted by length; the capacities sum to `batch`.
+
+    The tiers are those, at most `most`, with the fewest positions. A tier's rows are in practice never longer than it
+    is wide: in 2,000 batches of users drawn with replacement none was. The caller looks, and has another way for the
+    batch that is. No tiers if they would save less than a third of the positions.
+
+    Args:
+      lengths: of each eligible user's window.
+      multiple: capacities are multiples of it, so that devices get equal shares; it divides `batch`.
+    """
+    drawn = np.minimum(lengths, maxlen)[np.random.default_rng(seed).integers(0, len(lengths), (2000, batch))]
+    longest = np.sort(drawn, axis=1).max(axis=0)[multiple - 1 :: multiple]  # of each group of `multiple` ranks
+    groups = len(longest)
+    longest[-1] = maxlen
+    # best[k][n]: (positions, tiers) of the first n groups in k tiers.
+    best = [{0: (0, ())}]
+    for _ in range(most):
+        best.append({})
+        for n in range(1, groups + 1):
+            width = max(1, int(longest[n - 1]))
+            ways = [
+                (cost + width * (n - before) * multiple, (*tiers, (width, (n - before) * multiple)))
+                for before, (cost, tiers) in best[-2].items()
+                if before < n
+            ]
+            if ways:
+                best[-1][n] = min(ways)
+    cost, tiers = min(table[groups] for table in best if groups in table)
+    return tiers if cost < maxlen * batch * 2 / 3 else ()
 
 
 def dropout_keys(key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"]) -> Key[Array, " rows"]:

@@ -1,6 +1,7 @@
 """The line formats: JSON lines, delimited values, and one user's sequence a line."""
 
 import csv
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,12 @@ def json_lines(columns: Mapping[str, str], optional: frozenset[str] = frozenset(
                 raise ValueError(f'it has no "{key}"')
         return {name: record.get(key) for name, key in columns.items()}
 
-    return Lines(lambda data: pl.read_ndjson(data, schema=schema).rename(renamed), parse_line, optional=optional)
+    return Lines(
+        scan=lambda path: pl.scan_ndjson(glob.escape(str(path)), schema=schema).rename(renamed),
+        parse=lambda data: pl.read_ndjson(data, schema=schema).rename(renamed),
+        parse_line=parse_line,
+        optional=optional,
+    )
 
 
 def delimited(
@@ -70,16 +76,19 @@ def delimited(
     def single(data: bytes) -> bytes:
         return data if one == separator else data.replace(separator.encode(), one.encode())
 
+    options = {
+        "has_header": False,
+        "separator": one,
+        "quote_char": quote,
+        "schema": {name: KINDS.get(name, pl.String) for name in names},
+        "encoding": "utf8",
+    }
+
+    def scan(path: Path) -> pl.LazyFrame:
+        return pl.scan_csv(path, glob=False, skip_lines=header, **options).select(*columns)
+
     def parse(data: bytes) -> pl.DataFrame:
-        frame = pl.read_csv(
-            single(data),
-            has_header=False,
-            separator=one,
-            quote_char=quote,
-            schema={name: KINDS.get(name, pl.String) for name in names},
-            encoding="utf8",
-        )
-        return frame.select(*columns)
+        return pl.read_csv(single(data), **options).select(*columns)
 
     def parse_line(line: bytes) -> dict[str, object]:
         try:
@@ -99,7 +108,7 @@ def delimited(
             raise ValueError(f"it has {len(values)} fields instead of {width}")
         return {name: values[position] for name, position in columns.items()}
 
-    return Lines(parse, parse_line, header, optional)
+    return Lines(scan if one == separator else None, parse, parse_line, header, optional)
 
 
 def csv_fields(line: str, separator: str) -> list[str]:

@@ -11,7 +11,6 @@ from allmrec_jax.errors import UserError
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE = 32 << 20
-_PIECE = 1 << 18  # read at once, so that damage can be told by line
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -52,28 +51,21 @@ def blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[Block]:
     """
     with open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if is_gzip(path) else raw
-        line, pieces = 1, []
-
-        def reached() -> int:
-            return line + sum(piece.count(b"\n") for piece in pieces)
+        line = 1
 
         def following() -> Block | None:
             try:
-                pieces.clear()
-                while (missing := size - sum(map(len, pieces))) > 0 and (piece := file.read(min(missing, _PIECE))):
-                    pieces.append(piece)
-                data = b"".join(pieces)
+                data = file.read(size)
                 if data and not data.endswith(b"\n"):
                     rest = file.readline(LONGEST_LINE)
                     if len(rest) == LONGEST_LINE:
                         raise UserError(f"{path} has a line of more than {LONGEST_LINE >> 20} MiB: it is no text file")
                     data += rest
-            except EOFError as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                how = "cut short" if isinstance(error, EOFError) else f"damaged ({error})"
                 raise UserError(
-                    f"{path} is cut short: its gzip data end in line {reached():,}; get it again"
+                    f"{path} is {how}: its data end in line {_sound_lines(path) + 1:,}; get it again"
                 ) from error
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path} is damaged in line {reached():,} or later ({error}); get it again") from error
             if not data:
                 return None
             return Block(data, line, data.count(b"\n") + (not data.endswith(b"\n")), raw.tell())
@@ -85,3 +77,15 @@ def blocks(path: Path, size: int = BLOCK_BYTES) -> Iterator[Block]:
                 ahead = reader.submit(following)
                 yield block
                 block = ahead.result()
+
+
+def _sound_lines(path: Path) -> int:
+    """How many lines of a damaged gzip file come before the damage."""
+    lines = 0
+    with gzip.open(path) as file:
+        try:
+            while piece := file.read(1 << 12):
+                lines += piece.count(b"\n")
+        except (OSError, EOFError, zlib.error):
+            pass
+    return lines

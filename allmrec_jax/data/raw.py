@@ -1,7 +1,8 @@
 """What every reader gives: the interactions of the input in its order, and the texts of the items asked for.
 
-A reader goes through a file in blocks of lines. A block is parsed as a whole by polars; only a block in which anything
-is amiss is parsed again, line by line, so that the line can be named, and counted as skipped.
+A sound file is read by polars alone, streaming, decompressing and parsing at once. If anything is amiss the file is
+read again in blocks of lines, and a block in which anything is amiss line by line, so that the line can be named, and
+counted as skipped.
 """
 
 import hashlib
@@ -99,6 +100,7 @@ def no_items(_: pl.Series) -> pl.DataFrame:
 class Lines:
     """A format of one interaction a line.
 
+    scan: a path -> its rows, lazily, with the columns `KINDS` that the input has; None if polars cannot.
     parse: a block's bytes -> its rows with the columns `KINDS` that the input has, or raises a polars error; one row
       for each line.
     parse_line: one line -> {"user": ..., ...}; raises ValueError saying what is wrong.
@@ -106,6 +108,7 @@ class Lines:
     optional: columns in which a row may have nothing.
     """
 
+    scan: Callable[[Path], pl.LazyFrame] | None
     parse: Callable[[bytes], pl.DataFrame]
     parse_line: Callable[[bytes], Mapping[str, object]]
     header: int = 0
@@ -120,6 +123,9 @@ def read_interactions(path: Path, lines: Lines, skipped: Skipped, console=None) 
     """
     builder = Interactions(path)
     with reading(path, console) as at:
+        if builder.add_file(lines):
+            at(path.stat().st_size)
+            return builder.frame(skipped)
         for block in blocks(path):
             data, start = block.data, 0
             if block.first == 1 and lines.header:
@@ -168,10 +174,10 @@ def _sound(columns: Iterable[str], optional: frozenset[str] = frozenset()) -> pl
 
 def _is_id(name: str) -> pl.Expr:
     # polars writes a JSON list or object as text, and half a surrogate pair as NUL: such a line is looked at by itself.
+    # Compared rather than searched for its beginning, because that is faster.
     text = pl.col(name)
-    return (
-        (text != "") & ~text.str.starts_with("[") & ~text.str.starts_with("{") & ~text.str.contains("\0", literal=True)
-    )
+    listed, keyed = (text >= "[") & (text < "\\"), (text >= "{") & (text < "|")
+    return (text != "") & ~listed & ~keyed & ~text.str.contains("\0", literal=True)
 
 
 class Interactions:
@@ -185,11 +191,29 @@ class Interactions:
     def add(self, frame: pl.DataFrame) -> None:
         """Adds rows whose columns are `KINDS`, without those that the input does not have."""
         if frame.height:
-            missing = [pl.lit(None, KINDS[name]).alias(name) for name in KINDS if name not in frame.columns]
-            ids = [pl.col(name).cast(kind) for name, kind in self._ids.items()]
-            self._parts.append(
-                frame.with_columns(*ids, *missing).select(*KINDS).with_columns(pl.col("rating").cast(pl.Float32))
-            )
+            self._parts.append(frame.lazy().select(*self._columns(frame.columns)).collect())
+
+    def add_file(self, lines: Lines) -> bool:
+        """Adds the whole file, if all of it is sound; else adds nothing."""
+        if lines.scan is None:
+            return False
+        try:
+            scanned = lines.scan(self.path)
+            names = scanned.collect_schema().names()
+            sound = _sound(names, lines.optional).alias("sound")
+            frame = scanned.select(*self._columns(names), sound).collect(engine="streaming")
+        except (pl.exceptions.PolarsError, OSError):
+            return False
+        if not frame["sound"].all():
+            return False
+        if frame.height:
+            self._parts.append(frame.drop("sound"))
+        return True
+
+    def _columns(self, names: Iterable[str]) -> list[pl.Expr]:
+        there = {name: pl.col(name) if name in names else pl.lit(None, kind) for name, kind in KINDS.items()}
+        kinds = {**self._ids, "rating": pl.Float32, "time": pl.Int64}
+        return [there[name].cast(kinds[name]).alias(name) for name in KINDS]
 
     def frame(self, skipped: Skipped) -> pl.DataFrame:
         """All rows. Raises `UserError` if there are none."""

@@ -98,7 +98,8 @@ def repeated_rows(users: Rows, items: Rows, times: Rows) -> Bool[np.ndarray, " r
     """Marks every row that equals an earlier one in user, item and time."""
     import polars as pl
 
-    rows = pl.DataFrame({"user": users, "item": items, "time": times})
+    pairs = users.astype(np.uint64) * np.uint64(_distinct(items)) + items.astype(np.uint64)
+    rows = pl.DataFrame({"pair": pairs, "time": times})
     return ~rows.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
 
 

@@ -6,12 +6,15 @@ in that code, where a padded key is the key bias and a padded value the value bi
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
@@ -117,8 +120,24 @@ def features(
     c: SASRecConfig,
     windows: Int[Array, "batch time"],
     dropout_keys: Key[Array, " batch"] | None = None,
+    pads: Int[Array, " batch"] | None = None,
+    rows: Float[Array, "batch time d"] | None = None,
 ) -> Float[Array, "batch time d"]:
-    """Features at every position of left-padded windows; `dropout_keys` (one a row) switch dropout on."""
+    """Features at every position of left-padded windows; `dropout_keys` (one a row) switch dropout on.
+
+    Args:
+      rows: E of the windows' items, if the caller has looked them up.
+      pads: how many padded positions stand before each row's items in the window of `maxlen`. Given, `windows` may be
+        the last positions of that window alone, as long as they hold all its items, and the features of the items
+        are those in the whole window:
+
+            window of 8   0 0 0 0 0 3 9 4     pads 5
+            windows               0 3 9 4     of the same row, half the work
+
+        In every block all padded keys equal the key bias and all padded values the value bias, so one virtual key
+        whose logit gets + log(pads) stands for them. Dropout on the weights of p pads keeps B ~ Binomial(p, keep) of
+        them, so the virtual key's weight is multiplied by B / (p keep).
+    """
     time = windows.shape[1]
     dropped = dropout_keys is not None and c.dropout > 0
 
@@ -132,8 +151,10 @@ def features(
         return jnp.where(keep, x / (1 - c.dropout), 0)
 
     real = (windows != 0)[..., None]
-    causal = jnp.tril(jnp.ones((time, time), bool))[None, None]
-    x = jnp.take(params["E"], windows, axis=0) * math.sqrt(c.width)
+    visible = jnp.tril(jnp.ones((time, time), bool))[None, None]
+    if pads is not None:
+        visible = visible & (windows != 0)[:, None, None, :]
+    x = (jnp.take(params["E"], windows, axis=0) if rows is None else rows) * math.sqrt(c.width)
     x = drop(x + params["positions"][None, c.maxlen - time :], 0)
     x = jnp.where(real, x, 0)
     for block in range(c.blocks):
@@ -148,8 +169,21 @@ def features(
             for part, source in enumerate((query, x, x))
         )
         logits = jnp.einsum("bnqk,bnsk->bnqs", q, k) / math.sqrt(c.width // c.heads)
-        weights = drop(jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1), 4 * block + 1)
-        attended = rearrange(jnp.einsum("bnqs,bnsk->bnqk", weights, v), "b n t k -> b t (n k)")
+        logits = jnp.where(visible, logits, -jnp.inf)
+        if pads is None:
+            weights = drop(jax.nn.softmax(logits, axis=-1), 4 * block + 1)
+            attended = jnp.einsum("bnqs,bnsk->bnqk", weights, v)
+        else:
+            key_bias, value_bias = (rearrange(w["qkv"]["bias"][part], "(n k) -> n k", n=c.heads) for part in (1, 2))
+            virtual = jnp.einsum("bnqk,nk->bnq", q, key_bias) / math.sqrt(c.width // c.heads)
+            virtual = virtual + jnp.log(pads.astype(jnp.float32))[:, None, None]  # -inf, so nothing, without pads
+            weights = jax.nn.softmax(jnp.concatenate([logits, virtual[..., None]], axis=-1), axis=-1)
+            of_pads = weights[..., -1]
+            if dropped:
+                of_pads = of_pads * _kept_share(c, dropout_keys, 4 * block + 1, pads, of_pads.shape[1:])
+            attended = jnp.einsum("bnqs,bnsk->bnqk", drop(weights[..., :-1], 4 * block + 1), v)
+            attended = attended + jnp.einsum("bnq,nk->bnqk", of_pads, value_bias)
+        attended = rearrange(attended, "b n t k -> b t (n k)")
         x = query + _dense(attended, w["out"])
         x = layer_norm(x, w["ffn_norm"], LAYER_NORM_EPS)
         hidden = jax.nn.relu(drop(_dense(x, w["conv1"]), 4 * block + 2))
@@ -158,15 +192,35 @@ def features(
     return layer_norm(x, params["last_norm"], LAYER_NORM_EPS)
 
 
+@functools.lru_cache
+def _binomial_cdf(n: int, keep: float) -> np.ndarray:
+    """(n + 1, n): row p holds P(B <= 0), P(B <= 1), ... of B ~ Binomial(p, keep)."""
+    table = np.ones((n + 1, n))
+    for p in range(n + 1):
+        pmf = [math.comb(p, k) * keep**k * (1 - keep) ** (p - k) for k in range(p)]
+        table[p, :p] = np.cumsum(pmf)
+    return table.astype(np.float32)
+
+
+def _kept_share(c: SASRecConfig, keys: jax.Array, site: int, pads: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """B / (p keep) for each row, head and query, B ~ Binomial(p, keep) drawn by its distribution function."""
+    keep = 1 - c.dropout
+    u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, site), 1), shape))(keys)
+    steps = jnp.asarray(_binomial_cdf(c.maxlen, keep))[pads]  # one row of the table for each row of the batch
+    kept = jnp.sum(u[..., None] >= steps[:, None, None, :], axis=-1)
+    return kept / (jnp.maximum(pads, 1)[:, None, None] * keep)
+
+
 def user_representation(
     params: Any,
     c: SASRecConfig,
     windows: Int[Array, "batch time"],
     dropout_keys: Key[Array, " batch"] | None = None,
+    pads: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch d"]:
     """x_u: the feature at the last position. An empty history gives the last norm's bias."""
     with jax.named_scope("x_u"):
-        return features(params, c, windows, dropout_keys)[:, -1]
+        return features(params, c, windows, dropout_keys, pads)[:, -1]
 
 
 def loss_terms(
@@ -176,11 +230,18 @@ def loss_terms(
     positives: Int[Array, "batch time"],
     negatives: Int[Array, "batch time"],
     dropout_keys: Key[Array, " batch"] | None = None,
+    pads: Int[Array, " batch"] | None = None,
+    rows: Sequence[Float[Array, "batch time d"]] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions."""
-    f = features(params, c, windows, dropout_keys)
+    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions.
+
+    `rows` are E of windows, positives and negatives, if the caller has looked them up (`rows_of`).
+    """
+    if rows is None:
+        rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives)]
+    f = features(params, c, windows, dropout_keys, pads, rows[0])
     real = positives != 0
-    positive = jnp.einsum("btd,btd->bt", f, rows_of(params["E"], positives))
-    negative = jnp.einsum("btd,btd->bt", f, rows_of(params["E"], negatives))
+    positive = jnp.einsum("btd,btd->bt", f, rows[1])
+    negative = jnp.einsum("btd,btd->bt", f, rows[2])
     terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def make_epoch(
     batch: int,
     steps: int,
     l2_emb: float = 0.0,
+    tiers: tuple[tuple[int, int], ...] = (),
     how: mesh.Mapping = "shard_map",
 ):
     """The epoch `(state, data, key) -> (state, {"loss": (steps,)})`: `steps` optimiser steps scanned in one program.
@@ -80,22 +82,64 @@ def make_epoch(
     `data` is replicated: `items` (flat), `start` and `end` of the training items of each eligible user in it,
     `users` (their ids) and `seen` (for negatives). Batches and negatives are drawn inside, from (key, step, global
     row), so the number of devices changes nothing but the order of summation.
+
+    Args:
+      tiers: `batches.length_tiers`: the rows of a batch, sorted by length, go into windows of these widths, which hold
+        all their items; padding costs nothing there. A batch that does not fit is computed at full width. Without
+        tiers every batch is.
     """
     per_device = batch // len(devices)
 
+    def losses_of(groups, keys_of, parameters):
+        # One look-up of E for everything, so that its gradient is one scatter.
+        ids = jnp.concatenate([jnp.ravel(ids) for group in groups for ids in group[1:4]])
+        looked_up, at, total = sasrec.rows_of(parameters["E"], ids), 0, jnp.float32(0)
+        for rows, windows, positives, negatives, pads in groups:
+            shape, parts = windows.shape, []
+            for _ in range(3):
+                parts.append(jnp.reshape(looked_up[at : at + windows.size], (*shape, c.width)))
+                at += windows.size
+            total += sasrec.loss_terms(parameters, c, windows, positives, negatives, keys_of(rows), pads, parts)[0]
+        return total
+
     def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
-        rows = mesh.local_rows(per_device)
-        _, windows, positives, negatives = batches.training_rows(key, state.step, rows, data, c.maxlen)
-        keys = batches.dropout_keys(key, state.step, rows)
-        count = jax.lax.psum(jnp.sum(positives != 0), mesh.DATA).astype(jnp.float32)
+        everybody = batches.draw_users(key, state.step, batch, data["start"].shape[0])
+        lengths = jnp.minimum(data["end"][everybody] - data["start"][everybody] - 1, c.maxlen)
+        count = jnp.sum(lengths).astype(jnp.float32)
 
-        def loss(parameters: Any) -> jax.Array:
-            total, _ = sasrec.loss_terms(parameters, c, windows, positives, negatives, keys)
-            if l2_emb == 0:
-                return total / count
-            return total / count + l2_emb * jnp.linalg.norm(parameters["E"]) / len(devices)
+        def keys_of(rows):
+            return batches.dropout_keys(key, state.step, rows)
 
-        value, gradients = jax.value_and_grad(loss)(state.params)
+        def gradients_of(groups):
+            def loss(parameters: Any) -> jax.Array:
+                total = losses_of(groups, keys_of, parameters)
+                if l2_emb == 0:
+                    return total / count
+                return total / count + l2_emb * jnp.linalg.norm(parameters["E"]) / len(devices)
+
+            return jax.value_and_grad(loss)(state.params)
+
+        def group(rows, width, pads):
+            return rows, *batches.training_rows(key, state.step, rows, data, width)[1:], pads
+
+        def at_full_width():
+            return gradients_of([group(mesh.local_rows(per_device), c.maxlen, None)])
+
+        def in_tiers():
+            groups, first = [], 0
+            for width, capacity in tiers:
+                rows = order[first + mesh.local_rows(capacity // len(devices))]
+                groups.append(group(rows, width, c.maxlen - lengths[rows]))
+                first += capacity
+            return gradients_of(groups)
+
+        if tiers:
+            order = jnp.argsort(lengths, stable=True)
+            ends = np.cumsum([capacity for _, capacity in tiers])
+            fits = jnp.all(lengths[order[ends - 1]] <= np.array([width for width, _ in tiers]))
+            value, gradients = jax.lax.cond(fits, in_tiers, at_full_width)
+        else:
+            value, gradients = at_full_width()
         value, gradients = jax.lax.psum((value, gradients), mesh.DATA)
         return update(state, gradients, optimiser), value
 
@@ -163,13 +207,16 @@ def train_cf(
     optimiser = optax.adam(config.learning_rate, b1=0.9, b2=0.98, eps=1e-8)
     state = create(params.init(init_key, sasrec.describe(c)), optimiser)
     steps = max(1, dataset.n_users // config.batch)
+    devices = mesh.data_devices(config.batch, devices)
+    lengths = dataset.n_train[dataset.n_train > 1] - 1
     epoch = make_epoch(
         c,
         optimiser,
-        mesh.data_devices(config.batch, devices),
+        devices,
         batch=config.batch,
         steps=steps,
         l2_emb=config.l2_emb,
+        tiers=batches.length_tiers(lengths, c.maxlen, config.batch, math.lcm(math.gcd(config.batch, 8), len(devices))),
         how=how,
     )
     validate = make_validation(c, dataset, validation_key)
