@@ -30,12 +30,15 @@ class Data:
 
 @dataclass(frozen=True)
 class CF:
-    """Stage 0, the collaborative filtering model (SASRec)."""
+    """Stage 0, the collaborative filtering model."""
 
+    model: Literal["sasrec", "gru4rec", "nextitnet"] = "sasrec"
     width: int = 50
     """d, the width of item and user embeddings."""
     blocks: int = 2
+    """Blocks of SASRec and NextItNet, layers of GRU4Rec."""
     heads: int = 1
+    """Attention heads of SASRec."""
     maxlen: int = 50
     """Number of last items that x_u sees."""
     dropout: float = 0.5

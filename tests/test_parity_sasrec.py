@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `to
 
 from parity import assert_trees_close, gradients_of, load, randomised, weights_of  # noqa: E402
 
-from allmrec_jax.models import params, sasrec  # noqa: E402
+from allmrec_jax.models import params, sasrec, sequential  # noqa: E402
 from allmrec_jax.torch_baseline.sasrec import SASRec  # noqa: E402
 
 LENGTHS = [0, 1, 3, 9, 10, 10, 6, 2]  # of 10: an empty history, short ones, full ones
@@ -73,7 +73,7 @@ def test_user_representations_and_scores_are_equal(models):
 @partial(jax.jit, static_argnums=1)
 @jax.value_and_grad
 def _loss(tree, c, batch, l2_emb):
-    total, count = sasrec.loss_terms(tree, c, *batch)
+    total, count = sequential.loss_terms(sasrec.features, tree, c, *batch)
     return total / count + l2_emb * jnp.linalg.norm(tree["E"])
 
 

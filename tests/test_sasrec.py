@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from allmrec_jax.models import params, sasrec
+from allmrec_jax.models import collaborative, params, sasrec, sequential
 
 C = tiny.SASREC
 WINDOWS = np.array([[0, 0, 0, 1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]], np.int32)
@@ -25,7 +25,7 @@ def weights():
 
 
 features = jax.jit(sasrec.features, static_argnums=1)
-loss_terms = jax.jit(sasrec.loss_terms, static_argnums=1)
+loss_terms = jax.jit(functools.partial(sequential.loss_terms, sasrec.features), static_argnums=1)
 
 
 def _keys(*rows: int) -> jax.Array:
@@ -78,12 +78,12 @@ def test_dropout_is_a_function_of_key_and_row_alone(weights):
 
 def test_an_empty_history_gives_the_last_bias_and_finite_gradients(weights):
     empty = np.zeros((2, C.maxlen), np.int32)
-    x_u = sasrec.user_representation(weights, C, jnp.asarray(empty))
+    x_u = collaborative.user_representation(weights, C, jnp.asarray(empty))
     np.testing.assert_allclose(x_u, np.tile(weights["last_norm"]["bias"], (2, 1)), atol=1e-6)
 
     @jax.jit
     def gradient(w, windows, positives):
-        return jax.grad(lambda w: sasrec.loss_terms(w, C, windows, positives, positives)[0])(w)
+        return jax.grad(lambda w: loss_terms(w, C, windows, positives, positives)[0])(w)
 
     mixed = np.concatenate([empty[:1], WINDOWS[1:]])
     for positives in (mixed, np.roll(WINDOWS, 1, axis=0)):
@@ -154,7 +154,7 @@ def test_short_windows_give_the_loss_and_the_gradients_of_the_whole_window(weigh
     @functools.partial(jax.jit, static_argnums=4)
     def both(w, windows, positives, negatives, short):
         pads = PADS if short else None
-        return jax.value_and_grad(lambda w: sasrec.loss_terms(w, C, windows, positives, negatives, None, pads)[0])(w)
+        return jax.value_and_grad(lambda w: loss_terms(w, C, windows, positives, negatives, None, pads)[0])(w)
 
     whole = both(weights, windows, positives, negatives, False)
     short = both(weights, *(ids[:, -SHORT:] for ids in (windows, positives, negatives)), True)

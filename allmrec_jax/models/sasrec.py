@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from allmrec_jax.models.params import Parameter, constant, normal, uniform, xavier_normal
+from allmrec_jax.models.sequential import dropout, layer_norm
 
 LAYER_NORM_EPS = 1e-8
 
@@ -97,22 +97,9 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
     }
 
 
-def layer_norm(x: Float[Array, "*batch d"], w: dict[str, jax.Array], eps: float) -> Float[Array, "*batch d"]:
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return jnp.einsum("...d,d->...d", x, w["scale"]) + jnp.broadcast_to(w["bias"], x.shape)
-
-
 def _dense(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
     y = jnp.einsum("...i,io->...o", x, w["kernel"])
     return y + jnp.broadcast_to(w["bias"], y.shape)
-
-
-def rows_of(E: Float[Array, "items d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
-    """E_i; row 0 is read as it stands but gets no gradient, so it keeps its initial value for ever."""
-    rows = jnp.take(E, ids, axis=0)
-    return jnp.where((ids != 0)[..., None], rows, jax.lax.stop_gradient(rows))
 
 
 def features(
@@ -142,13 +129,7 @@ def features(
     dropped = dropout_keys is not None and c.dropout > 0
 
     def drop(x: jax.Array, site: int) -> jax.Array:
-        if not dropped:
-            return x
-        # One key a row, so that a row's mask does not depend on which device or batch it is in.
-        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - c.dropout, x.shape[1:]))(
-            dropout_keys
-        )
-        return jnp.where(keep, x / (1 - c.dropout), 0)
+        return dropout(x, c.dropout, dropout_keys, site)
 
     real = (windows != 0)[..., None]
     visible = jnp.tril(jnp.ones((time, time), bool))[None, None]
@@ -221,27 +202,3 @@ def user_representation(
     """x_u: the feature at the last position. An empty history gives the last norm's bias."""
     with jax.named_scope("x_u"):
         return features(params, c, windows, dropout_keys, pads)[:, -1]
-
-
-def loss_terms(
-    params: Any,
-    c: SASRecConfig,
-    windows: Int[Array, "batch time"],
-    positives: Int[Array, "batch time"],
-    negatives: Int[Array, "batch time"],
-    dropout_keys: Key[Array, " batch"] | None = None,
-    pads: Int[Array, " batch"] | None = None,
-    rows: Sequence[Float[Array, "batch time d"]] | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions.
-
-    `rows` are E of windows, positives and negatives, if the caller has looked them up (`rows_of`).
-    """
-    if rows is None:
-        rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives)]
-    f = features(params, c, windows, dropout_keys, pads, rows[0])
-    real = positives != 0
-    positive = jnp.einsum("btd,btd->bt", f, rows[1])
-    negative = jnp.einsum("btd,btd->bt", f, rows[2])
-    terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
-    return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

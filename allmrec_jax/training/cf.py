@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from allmrec_jax.config import CF
 from allmrec_jax.data import batches
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
-from allmrec_jax.models import params, sasrec
+from allmrec_jax.models import collaborative, params, sequential
 from allmrec_jax.progress import say
 from allmrec_jax.training import loop, mesh
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
@@ -34,7 +35,7 @@ SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages shar
 class CFModel:
     """A trained model: the item table E and the user representation x_u of any history."""
 
-    config: sasrec.SASRecConfig
+    config: Any  # of one of `models.collaborative.MODELS`
     params: Any
 
     @property
@@ -57,8 +58,8 @@ class CFModel:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _represent(parameters: Any, config: sasrec.SASRecConfig, windows: jax.Array) -> jax.Array:
-    return sasrec.user_representation(parameters, config, windows)
+def _represent(parameters: Any, config: Any, windows: jax.Array) -> jax.Array:
+    return collaborative.user_representation(parameters, config, windows)
 
 
 @jax.jit
@@ -67,7 +68,7 @@ def _score(E: jax.Array, x_u: jax.Array, candidates: jax.Array) -> jax.Array:
 
 
 def make_epoch(
-    c: sasrec.SASRecConfig,
+    c: Any,
     optimiser: optax.GradientTransformation,
     devices: Sequence[Any],
     *,
@@ -88,18 +89,19 @@ def make_epoch(
         all their items; padding costs nothing there. A batch that does not fit is computed at full width. Without
         tiers every batch is.
     """
-    per_device = batch // len(devices)
+    per_device, features = batch // len(devices), collaborative.module_of(c).features
 
     def losses_of(groups, keys_of, parameters):
         # One look-up of E for everything, so that its gradient is one scatter.
         ids = jnp.concatenate([jnp.ravel(ids) for group in groups for ids in group[1:4]])
-        looked_up, at, total = sasrec.rows_of(parameters["E"], ids), 0, jnp.float32(0)
+        looked_up, at, total = sequential.rows_of(parameters["E"], ids), 0, jnp.float32(0)
         for rows, windows, positives, negatives, pads in groups:
             shape, parts = windows.shape, []
             for _ in range(3):
                 parts.append(jnp.reshape(looked_up[at : at + windows.size], (*shape, c.width)))
                 at += windows.size
-            total += sasrec.loss_terms(parameters, c, windows, positives, negatives, keys_of(rows), pads, parts)[0]
+            inputs = (windows, positives, negatives, keys_of(rows), pads, parts)
+            total += sequential.loss_terms(features, parameters, c, *inputs)[0]
         return total
 
     def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
@@ -169,7 +171,7 @@ def training_data(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def make_validation(c: sasrec.SASRecConfig, dataset: Dataset, key: jax.Array, most: int = 10_000):
+def make_validation(c: Any, dataset: Dataset, key: jax.Array, most: int = 10_000):
     """`params -> {"ndcg@10"}` of the validation items, each among 100 random items new to the user."""
     users = np.flatnonzero(dataset.has_target("validation"))[:most]
     if not len(users):
@@ -188,6 +190,18 @@ def make_validation(c: sasrec.SASRecConfig, dataset: Dataset, key: jax.Array, mo
     return validate
 
 
+NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "nextitnet": "NextItNet"}
+
+
+def configure(config: CF, n_items: int) -> Any:
+    """The model's own config. Raises `UserError` for sizes that do not fit together."""
+    if config.width % config.heads:
+        raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
+    kind, _ = collaborative.MODELS[config.model]
+    fields = {field.name for field in dataclasses.fields(kind)} - {"n_items"}
+    return kind(n_items, **{name: getattr(config, name) for name in fields})
+
+
 def train_cf(
     config: CF,
     dataset: Dataset,
@@ -199,13 +213,11 @@ def train_cf(
     console: Console | None = None,
 ) -> tuple[CFModel, Curves]:
     """Trains (or goes on with) stage 0 in `folder` and returns the selected model and its curves."""
-    c = sasrec.SASRecConfig(dataset.n_items, config.width, config.blocks, config.heads, config.maxlen, config.dropout)
-    if config.width % config.heads:
-        raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
+    c = configure(config, dataset.n_items)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
     optimiser = optax.adam(config.learning_rate, b1=0.9, b2=0.98, eps=1e-8)
-    state = create(params.init(init_key, sasrec.describe(c)), optimiser)
+    state = create(params.init(init_key, collaborative.module_of(c).describe(c)), optimiser)
     steps = max(1, dataset.n_users // config.batch)
     devices = mesh.data_devices(config.batch, devices)
     lengths = dataset.n_train[dataset.n_train > 1] - 1
@@ -228,7 +240,7 @@ def train_cf(
             state,
             steps=config.epochs,
             checkpoints=checkpoints,
-            label="stage 0: SASRec",
+            label=f"stage 0: {NAMES[config.model]}",
             items_per_step=steps * config.batch,
             item_name="sequences",
             log_every=min(10, config.evaluate_every),

@@ -1,0 +1,38 @@
+"""The collaborative filtering models, and the small protocol that makes A-LLMRec independent of which one it is.
+
+A model is a module with
+
+    a frozen dataclass         its config `c`: n_items, width (d), maxlen, dropout and what else it needs
+    describe(c)                its parameters, among them the item table `E` (n_items + 1, d)
+    features(params, c, windows, dropout_keys, pads, rows)
+                               features at every position of left-padded windows; the last is x_u; a score is x_u . E_i
+
+and a line in `MODELS`. Everything else (training, evaluation, both later stages) knows no more of it than that.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from allmrec_jax.models import gru4rec, nextitnet, sasrec
+
+MODELS: dict[str, tuple[type, ModuleType]] = {
+    "sasrec": (sasrec.SASRecConfig, sasrec),
+    "gru4rec": (gru4rec.GRU4RecConfig, gru4rec),
+    "nextitnet": (nextitnet.NextItNetConfig, nextitnet),
+}
+
+
+def module_of(c: Any) -> ModuleType:
+    """The module whose config `c` is."""
+    return next(module for kind, module in MODELS.values() if kind is type(c))
+
+
+def user_representation(
+    params: Any, c: Any, windows: Int[Array, "batch time"], pads: Int[Array, " batch"] | None = None
+) -> Float[Array, "batch d"]:
+    """x_u of a history: the features at the last position of its window."""
+    return module_of(c).features(params, c, windows, None, pads)[:, -1]

@@ -1,0 +1,64 @@
+"""What the models of item sequences share: reading E, dropout by row, layer norm, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+def rows_of(E: Float[Array, "items d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """E_i; row 0 is read as it stands but gets no gradient, so it keeps its initial value for ever."""
+    rows = jnp.take(E, ids, axis=0)
+    return jnp.where((ids != 0)[..., None], rows, jax.lax.stop_gradient(rows))
+
+
+def layer_norm(x: Float[Array, "*batch d"], w: dict[str, jax.Array], eps: float) -> Float[Array, "*batch d"]:
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return jnp.einsum("...d,d->...d", x, w["scale"]) + jnp.broadcast_to(w["bias"], x.shape)
+
+
+def dropout(
+    x: Float[Array, batch * rest], rate: float, keys: Key[Array, " batch"] | None, site: int
+) -> Float[Array, batch * rest]:
+    """Drops elements with probability `rate` and scales the others; nothing without keys.
+
+    One key a row, so that a row's mask does not depend on which device or batch it is in. `site` tells the places of
+    one model apart.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def loss_terms(
+    features: Callable[..., Float[Array, "batch time d"]],
+    params: Any,
+    c: Any,
+    windows: Int[Array, "batch time"],
+    positives: Int[Array, "batch time"],
+    negatives: Int[Array, "batch time"],
+    dropout_keys: Key[Array, " batch"] | None = None,
+    pads: Int[Array, " batch"] | None = None,
+    rows: Sequence[Float[Array, "batch time d"]] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions.
+
+    Args:
+      features: of the model, as `models.sasrec.features`.
+      rows: E of windows, positives and negatives, if the caller has looked them up (`rows_of`).
+    """
+    if rows is None:
+        rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives)]
+    f = features(params, c, windows, dropout_keys, pads, rows[0])
+    real = positives != 0
+    positive = jnp.einsum("btd,btd->bt", f, rows[1])
+    negative = jnp.einsum("btd,btd->bt", f, rows[2])
+    terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
+    return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)
