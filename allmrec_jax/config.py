@@ -22,7 +22,7 @@ class Data:
 
     name: str = "ml-100k"
     """A named data set (`allmrec data list`) or the folder of a prepared one."""
-    recipe: Literal["clean", "reference"] = "clean"
+    recipe: Literal["clean", "reference", "as-is"] = "clean"
     """How raw files are filtered (docs: data recipes)."""
     strip_years: bool = False
     """Take a year in brackets off the end of titles: "Heat (1995)" becomes "Heat", half the prompt's tokens."""

@@ -211,3 +211,9 @@ def train(pipeline: Pipeline, stage: str) -> None:
     if stage not in ("cf", "align", "llm"):
         raise UserError(f"there is no stage {stage!r}; choose cf, align or llm")
     {"cf": lambda: pipeline.cf, "align": lambda: pipeline.aligned, "llm": lambda: pipeline.heads}[stage]()
+    if stage == "cf":
+        from allmrec_jax.evaluation.cf import figures, table
+
+        found = figures(pipeline.cf, pipeline.dataset, seed=pipeline.experiment.seed)
+        write_json(pipeline.workdir / "cf" / "metrics.json", found)
+        pipeline.console.print(table(found))

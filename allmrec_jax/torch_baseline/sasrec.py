@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allmrec_jax.models.sasrec import LAYER_NORM_EPS, SASRecConfig
+from allmrec_jax.torch_baseline.sequential import Sequential
 
 
 class FeedForward(nn.Module):
@@ -26,7 +27,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.conv2(hidden)).transpose(1, 2)
 
 
-class SASRec(nn.Module):
+class SASRec(Sequential):
     """Features of left-padded windows: causal mask, no padding mask."""
 
     def __init__(self, c: SASRecConfig):
@@ -59,28 +60,3 @@ class SASRec(nn.Module):
             x = self.forward_layernorms[k](query + attended)
             x = (x + self.forward_layers[k](x)) * real
         return self.last_layernorm(x)
-
-    def user_representation(self, windows: Int[Tensor, "batch time"]) -> Float[Tensor, "batch d"]:
-        """x_u: the feature at the last position."""
-        return self(windows)[:, -1]
-
-    def scores(
-        self, x_u: Float[Tensor, "users d"], candidates: Int[Tensor, "users candidates"]
-    ) -> Float[Tensor, "users candidates"]:
-        """x_u . E_i for each candidate."""
-        return torch.einsum("ud,ucd->uc", x_u, self.item_emb(candidates))
-
-    def loss(
-        self,
-        windows: Int[Tensor, "batch time"],
-        positives: Int[Tensor, "batch time"],
-        negatives: Int[Tensor, "batch time"],
-        l2_emb: float = 0.0,
-    ) -> Float[Tensor, ""]:
-        """Mean over non-padding positions of BCE(f . E_pos, 1), plus the same of BCE(f . E_neg, 0)."""
-        f, real = self(windows), positives != 0
-        positive = (f * self.item_emb(positives)).sum(-1)[real]
-        negative = (f * self.item_emb(negatives)).sum(-1)[real]
-        loss = F.binary_cross_entropy_with_logits(positive, torch.ones_like(positive))
-        loss = loss + F.binary_cross_entropy_with_logits(negative, torch.zeros_like(negative))
-        return loss + l2_emb * torch.linalg.norm(self.item_emb.weight) if l2_emb else loss

@@ -43,14 +43,24 @@ class CFModel:
         return self.params["E"]
 
     def x_u(self, windows: Int[np.ndarray, "users maxlen"], batch: int = 256) -> Float[np.ndarray, "users d"]:
-        """User representations of left-padded windows, in batches of one shape."""
-        out = []
-        for start in range(0, len(windows), batch):
-            part = windows[start : start + batch]
-            padded = np.zeros((batch, windows.shape[1]), np.int32)
-            padded[: len(part)] = part
-            out.append(np.asarray(_represent(self.params, self.config, padded))[: len(part)])
-        return np.concatenate(out) if out else np.zeros((0, self.config.width), np.float32)
+        """User representations of left-padded windows.
+
+        In batches of one shape, short histories apart from long ones, so that little is computed on padding.
+        """
+        lengths, maxlen = (windows != 0).sum(1), windows.shape[1]
+        out, done = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
+        for width in sorted({min(width, maxlen) for width in (4, 16, maxlen)}):
+            rows = np.flatnonzero((lengths <= width) & ~done)
+            if width < maxlen and len(rows) < batch:
+                continue  # too few for a program of their own
+            done[rows] = True
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                padded, pads = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
+                padded[: len(part)] = windows[part, maxlen - width :]
+                pads[: len(part)] = maxlen - lengths[part]
+                out[part] = np.asarray(_represent(self.params, self.config, padded, pads))[: len(part)]
+        return out
 
     def scores(self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"]) -> np.ndarray:
         """x_u . E_i for each candidate."""
@@ -58,8 +68,8 @@ class CFModel:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _represent(parameters: Any, config: Any, windows: jax.Array) -> jax.Array:
-    return collaborative.user_representation(parameters, config, windows)
+def _represent(parameters: Any, config: Any, windows: jax.Array, pads: jax.Array) -> jax.Array:
+    return collaborative.user_representation(parameters, config, windows, pads)
 
 
 @jax.jit
