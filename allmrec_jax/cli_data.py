@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,11 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench = command(
         "bench",
         "Measure speed against a baseline, interleaved in one run.",
+        "\n  cf     stage 0 against PyTorch: training and evaluation (needs the extra torch)"
         "\n  data   raw files to a prepared data set, and batches"
         "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
     )
-    bench.add_argument("what", nargs="*", metavar="data", help="what to measure (default: everything)")
+    bench.add_argument("what", nargs="*", metavar="cf|data", help="what to measure (default: everything)")
     bench.add_argument(
         "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
     )
@@ -173,7 +175,7 @@ def prepare(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-BENCHES = ("data",)
+BENCHES = ("cf", "data")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -189,7 +191,15 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no such folder")
     console = Console()
-    rows = bench_data(arguments.rows, arguments.repeats, console)
+    wanted, rows = set(arguments.what or BENCHES), []
+    if "cf" in wanted:
+        if importlib.util.find_spec("torch") is None:
+            raise UserError("bench cf compares with PyTorch, which is not installed: `make env` brings it")
+        from allmrec_jax.comparison.bench_cf import bench_cf
+
+        rows += bench_cf(arguments.repeats, console)
+    if "data" in wanted:
+        rows += bench_data(arguments.rows, arguments.repeats, console)
     bench.show(rows, console)
     if arguments.json:
         bench.write(rows, arguments.json)

@@ -32,11 +32,11 @@ class Data:
 class CF:
     """Stage 0, the collaborative filtering model."""
 
-    model: Literal["sasrec", "gru4rec", "nextitnet"] = "sasrec"
+    model: Literal["sasrec", "gru4rec", "nextitnet", "ncf"] = "sasrec"
     width: int = 50
     """d, the width of item and user embeddings."""
     blocks: int = 2
-    """Blocks of SASRec and NextItNet, layers of GRU4Rec."""
+    """Blocks of SASRec and NextItNet, layers of GRU4Rec and of NCF's network."""
     heads: int = 1
     """Attention heads of SASRec."""
     maxlen: int = 50

@@ -2,8 +2,8 @@
 
     allmrec train cf --config beauty --workdir runs/beauty
 
-Hardware: 2 CPU cores. Time and expected metrics: docs/results.md. The two files are fetched by hand: `allmrec data list`
-says where from. Other models: --cf.model gru4rec, --cf.model nextitnet.
+Hardware: 2 CPU cores. Time and expected metrics: docs/results.md. The two files are fetched by hand: `allmrec data
+list` says where from. Other models: --cf.model gru4rec, --cf.model nextitnet.
 """
 
 from allmrec_jax.config import CF, Data, Experiment

@@ -43,6 +43,18 @@ def test_the_generated_file_is_seeded_and_has_what_real_ones_have(tmp_path):
 
 def test_mistakes_are_answered_in_a_line(capsys):
     assert main(["bench", "nothing"]) == 1
-    assert "there is no benchmark 'nothing': choose among data" in capsys.readouterr().err
+    assert "there is no benchmark 'nothing': choose among cf, data" in capsys.readouterr().err
     assert main(["bench", "--rows", "5"]) == 1
     assert "--rows must be at least 1000" in capsys.readouterr().err
+
+
+def test_bench_cf_trains_and_scores_on_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    from allmrec_jax.comparison import bench_cf
+
+    monkeypatch.setattr(bench_cf, "USERS", 300)
+    monkeypatch.setattr(bench_cf, "ITEMS", 100)
+    assert main(["bench", "cf", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in rows] == ["cf.train", "cf.evaluate"]
+    assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)

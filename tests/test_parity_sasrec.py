@@ -73,7 +73,7 @@ def test_user_representations_and_scores_are_equal(models):
 @partial(jax.jit, static_argnums=1)
 @jax.value_and_grad
 def _loss(tree, c, batch, l2_emb):
-    total, count = sequential.loss_terms(sasrec.features, tree, c, *batch)
+    total, count = sequential.loss_terms(sasrec, tree, c, *batch)
     return total / count + l2_emb * jnp.linalg.norm(tree["E"])
 
 

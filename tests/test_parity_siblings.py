@@ -50,7 +50,7 @@ def test_features_loss_and_gradients_are_equal(case):
     @jax.jit
     @jax.value_and_grad
     def loss(tree, *ids):
-        total, count = sequential.loss_terms(module.features, tree, c, *ids)
+        total, count = sequential.loss_terms(module, tree, c, *ids)
         return total / count
 
     value, gradients = loss(tree, windows, positives, negatives)

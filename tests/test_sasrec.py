@@ -25,7 +25,7 @@ def weights():
 
 
 features = jax.jit(sasrec.features, static_argnums=1)
-loss_terms = jax.jit(functools.partial(sequential.loss_terms, sasrec.features), static_argnums=1)
+loss_terms = jax.jit(functools.partial(sequential.loss_terms, sasrec), static_argnums=1)
 
 
 def _keys(*rows: int) -> jax.Array:

@@ -176,3 +176,11 @@ def test_leave_one_out_never_leaks(tmp_path_factory, lengths, step):
     for split in ("train", "validation", "test"):
         for user in np.flatnonzero(data.has_target(split)).tolist():
             assert data.targets(split)[user] not in data.history(user, split)
+
+
+def test_a_cold_user_s_sequence_and_history(tmp_path):
+    core = {f"u{n}": "abcde" for n in range(5)}
+    data = prepare(write_reviews(tmp_path / "r.csv", {**core, "cold": "cab"}), tmp_path / "out")
+    assert data.sequence(6).tolist() == data.cold_items[0].tolist()
+    assert data.history(6).tolist() == data.sequence(6)[:2].tolist()
+    assert data.sequence(1).tolist() == data.items[:5].tolist()

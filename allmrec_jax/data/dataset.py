@@ -129,10 +129,16 @@ class Dataset:
         owned = positions >= self.offsets[users][:, None]
         return np.where(owned, self.items[np.where(owned, positions, 0)], 0).astype(np.int32, copy=False)
 
+    def sequence(self, user: int) -> Int32[np.ndarray, " length"]:
+        """Everything that a user (also a cold one) interacted with, oldest first."""
+        if user > self.n_users:
+            return np.asarray(self.cold_items[user - self.n_users - 1])
+        return np.asarray(self.items[self.offsets[user] : self.offsets[user + 1]])
+
     def history(self, user: int, split: str = "test") -> Int32[np.ndarray, " length"]:
         """All items of one user's history for `split`, oldest first. A cold user's is the first two of the three."""
         if user > self.n_users:
-            return np.asarray(self.cold_items[user - self.n_users - 1, :-1])
+            return self.sequence(user)[:-1]
         return np.asarray(self.items[self.offsets[user] : self.history_end(split)[user]])
 
     @functools.cached_property

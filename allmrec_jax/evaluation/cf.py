@@ -1,4 +1,4 @@
-"""A collaborative filtering model by itself: sampled candidates as the public code draws them, and the whole catalogue."""
+"""A collaborative filtering model by itself: among candidates as the public code draws them, and among all items."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from allmrec_jax.data import batches
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.evaluation import catalogue, metrics
+from allmrec_jax.models import collaborative
 from allmrec_jax.training.cf import CFModel
 
 SEED_STREAM = 5  # folded into the experiment's seed, so that no two stages share random bits
@@ -33,9 +34,11 @@ def ranks_of_test_items(model: CFModel, dataset: Dataset, *, seed: int, batch: i
     drawn = batches.draw_negatives(key, 0, users, users, seen, CANDIDATES - 1)
     targets = dataset.targets("test")[users]
     windows = dataset.windows(dataset.history_end("test")[users], model.config.maxlen, users)
-    x_u = model.x_u(windows)
+    x_u = model.x_u(windows, users)
     scores = model.scores(x_u, np.concatenate([targets[:, None], np.asarray(drawn)], axis=1))
     found = {"reference": (scores[:, 1:] > scores[:, :1]).sum(1)}
+    if hasattr(collaborative.module_of(model.config), "score"):  # not a product: not streamed
+        return found
     longest = int(dataset.lengths.max())
     full, new = [], []
     for start in range(0, len(users), batch):

@@ -22,6 +22,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import metrics, report
 from allmrec_jax.evaluation.rank import score_users
 from allmrec_jax.pipeline import Pipeline
+from allmrec_jax.training.cf import NAMES
 from allmrec_jax.training.checkpoint import claim_folder
 
 SEED_STREAM = 3
@@ -56,7 +57,7 @@ def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarra
     # The row of the draw is the user, so a user's candidates do not depend on who else is tested.
     candidates, column = draw_candidates(key, 0, users, users, dataset.targets("test")[users], seen, config.candidates)
     ends = dataset.history_end("test")[users]
-    x_u = pipeline.cf.x_u(dataset.windows(ends, x.cf.maxlen, users))
+    x_u = pipeline.cf.x_u(dataset.windows(ends, x.cf.maxlen, users), users)
     histories = [row[row != 0] for row in dataset.windows(ends, prompt.history, users)]
 
     scores = {
@@ -102,7 +103,7 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     differences = metrics.differences(scores, column, PAIRS, **options)
     examples = make_examples(pipeline, users, candidates, column, scores)
     about = {
-        "cf": "SASRec",
+        "cf": NAMES[x.cf.model],
         "candidates": x.evaluation.candidates,
         "data_name": pipeline.dataset.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -182,6 +183,7 @@ def make_examples(
 def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str, Any]) -> str:
     """What a reader may conclude, in words that follow from the intervals."""
     x = pipeline.experiment
+    cf = NAMES[x.cf.model]
 
     def compare(a: str, b: str, name: str) -> str:
         parts = []
@@ -196,7 +198,7 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
     shown = min(eligible, round(x.llm.epochs * eligible))
     text = (
         f"On {n} test users, A-LLMRec {compare('a-llmrec', 'llm-only', 'the LLM given titles alone')}; "
-        f"{compare('a-llmrec', 'cf', 'SASRec')}. Their mean-rank combination {compare('fused', 'cf', 'SASRec')}."
+        f"{compare('a-llmrec', 'cf', cf)}. Their mean-rank combination {compare('fused', 'cf', cf)}."
     )
     if x.llm.epochs < 1:
         text += (

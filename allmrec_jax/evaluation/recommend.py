@@ -70,7 +70,7 @@ def recommend(
         raise UserError("-k and --candidates must be at least 1")
     if user is not None:
         number = find_user(dataset, user)
-        items = dataset.items[dataset.offsets[number] : dataset.offsets[number + 1]].tolist()
+        items = dataset.sequence(number).tolist()
     else:
         items = find_items(dataset, titles or [])
     if not items:
@@ -114,7 +114,7 @@ def table(answer: dict[str, Any]) -> Any:
     from rich.table import Table
 
     out = Table(title="After " + escape("; ".join(answer["history"])), title_justify="left", box=None)
-    for name, justify in (("", "right"), ("title", "left"), ("SASRec rank", "right"), ("LLM rank", "right")):
+    for name, justify in (("", "right"), ("title", "left"), ("CF rank", "right"), ("LLM rank", "right")):
         out.add_column(name, justify=justify)
     for row in answer["recommendations"]:
         out.add_row(str(row["rank"]), escape(row["title"]), str(row["cf_rank"]), str(row["llm_rank"]))

@@ -71,6 +71,7 @@ def features(
     dropout_keys: Key[Array, " batch"] | None = None,
     pads: Int[Array, " batch"] | None = None,
     rows: Float[Array, "batch time d"] | None = None,
+    users: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch time d"]:
     """Features at every position of left-padded windows.
 
@@ -81,6 +82,7 @@ def features(
       dropout_keys: one a row; they switch dropout on.
       pads: not needed here; for `models.sasrec`, whose padding matters.
       rows: E of the windows' items, if the caller has looked them up.
+      users: not needed here; for `models.ncf`.
     """
     x = rows_of(params["E"], windows) if rows is None else rows
     x = dropout(x, c.dropout, dropout_keys, 0)

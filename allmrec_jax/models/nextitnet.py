@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from allmrec_jax.models.params import Parameter, constant, normal, uniform, xavier_normal
+from allmrec_jax.models.params import Parameter, constant, uniform, xavier_normal
 from allmrec_jax.models.sequential import dropout, layer_norm, rows_of
 
 KERNEL = 3
@@ -58,7 +58,7 @@ def describe(c: NextItNetConfig) -> dict[str, Any]:
             "norm2": norm("blocks.{layer}.norm2"),
         },
         "out": {
-            "kernel": Parameter((d, d), (None, None), normal(d**-0.5), "out.weight", "o i -> i o"),
+            "kernel": Parameter((d, d), (None, None), uniform(d), "out.weight", "o i -> i o"),
             "bias": Parameter((d,), (None,), uniform(d), "out.bias"),
         },
     }
@@ -71,6 +71,7 @@ def features(
     dropout_keys: Key[Array, " batch"] | None = None,
     pads: Int[Array, " batch"] | None = None,
     rows: Float[Array, "batch time d"] | None = None,
+    users: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch time d"]:
     """Features at every position of left-padded windows: x <- x + relu(LN(conv(relu(LN(conv(x)))))) in each block.
 
@@ -78,6 +79,7 @@ def features(
       dropout_keys: one a row; they switch dropout on.
       pads: not needed here; for `models.sasrec`, whose padding matters.
       rows: E of the windows' items, if the caller has looked them up.
+      users: not needed here; for `models.ncf`.
     """
     real = (windows != 0)[..., None]
     x = rows_of(params["E"], windows) if rows is None else rows

@@ -109,11 +109,13 @@ def features(
     dropout_keys: Key[Array, " batch"] | None = None,
     pads: Int[Array, " batch"] | None = None,
     rows: Float[Array, "batch time d"] | None = None,
+    users: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch time d"]:
     """Features at every position of left-padded windows; `dropout_keys` (one a row) switch dropout on.
 
     Args:
       rows: E of the windows' items, if the caller has looked them up.
+      users: not needed here; for `models.ncf`.
       pads: how many padded positions stand before each row's items in the window of `maxlen`. Given, `windows` may be
         the last positions of that window alone, as long as they hold all its items, and the features of the items
         are those in the whole window:

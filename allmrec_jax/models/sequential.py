@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -37,8 +38,13 @@ def dropout(
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+def dot(params: Any, c: Any, f: Float[Array, "*batch d"], rows: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    """The score of most models: feature . E_i."""
+    return jnp.einsum("...d,...d->...", f, rows)
+
+
 def loss_terms(
-    features: Callable[..., Float[Array, "batch time d"]],
+    model: ModuleType,
     params: Any,
     c: Any,
     windows: Int[Array, "batch time"],
@@ -47,18 +53,19 @@ def loss_terms(
     dropout_keys: Key[Array, " batch"] | None = None,
     pads: Int[Array, " batch"] | None = None,
     rows: Sequence[Float[Array, "batch time d"]] | None = None,
+    users: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over non-padding positions of BCE(f . E_pos, 1) + BCE(f . E_neg, 0), and the number of those positions.
+    """Sum over non-padding positions of BCE(score of E_pos, 1) + BCE(score of E_neg, 0), and how many those are.
 
     Args:
-      features: of the model, as `models.sasrec.features`.
+      model: a module of `models.collaborative.MODELS`.
       rows: E of windows, positives and negatives, if the caller has looked them up (`rows_of`).
     """
     if rows is None:
         rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives)]
-    f = features(params, c, windows, dropout_keys, pads, rows[0])
+    f = model.features(params, c, windows, dropout_keys, pads, rows[0], users)
+    score = getattr(model, "score", dot)
     real = positives != 0
-    positive = jnp.einsum("btd,btd->bt", f, rows[1])
-    negative = jnp.einsum("btd,btd->bt", f, rows[2])
+    positive, negative = score(params, c, f, rows[1]), score(params, c, f, rows[2])
     terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

@@ -161,7 +161,7 @@ def train_align(
     if not len(users):
         raise UserError(f"{dataset.name}: no user has two training items, so there is nothing to align")
     positives = dataset.targets("train")[users]
-    x_u = cf.x_u(dataset.windows(dataset.history_end("train")[users], cf.config.maxlen, users))
+    x_u = cf.x_u(dataset.windows(dataset.history_end("train")[users], cf.config.maxlen, users), users)
     seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
     per_epoch = batches.steps_per_epoch(len(users), config.batch)
     draw = jax.jit(lambda i, rows, who: batches.draw_negatives(negative_key, i, rows, who, seen)[:, 0])

@@ -21,7 +21,7 @@ from allmrec_jax.config import CF
 from allmrec_jax.data import batches
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
-from allmrec_jax.models import collaborative, params, sequential
+from allmrec_jax.models import collaborative, ncf, params, sequential
 from allmrec_jax.progress import say
 from allmrec_jax.training import loop, mesh
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
@@ -33,20 +33,38 @@ SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages shar
 
 @dataclass(frozen=True)
 class CFModel:
-    """A trained model: the item table E and the user representation x_u of any history."""
+    """A trained model: the item table E and the user representation x_u of any history.
+
+    fold_in: what makes x_u of a history where the model itself knows users only (`models.ncf.fold_in`).
+    """
 
     config: Any  # of one of `models.collaborative.MODELS`
     params: Any
+    fold_in: np.ndarray | None = None
 
     @property
     def E(self) -> Float[Array, "items d"]:
         return self.params["E"]
 
-    def x_u(self, windows: Int[np.ndarray, "users maxlen"], batch: int = 256) -> Float[np.ndarray, "users d"]:
+    def x_u(
+        self,
+        windows: Int[np.ndarray, "users maxlen"],
+        users: Int[np.ndarray, " users"] | None = None,
+        batch: int = 256,
+    ) -> Float[np.ndarray, "users d"]:
         """User representations of left-padded windows.
 
         In batches of one shape, short histories apart from long ones, so that little is computed on padding.
+
+        Args:
+          users: their ids, where they are known: a model of users (NCF) then gives their rows.
         """
+        if self.fold_in is not None:
+            folded = ncf.mean_rows(np.asarray(self.E), windows) @ self.fold_in
+            if users is None:
+                return folded
+            known = users <= self.config.n_users
+            return np.where(known[:, None], np.asarray(self.params["P"])[np.where(known, users, 0)], folded)
         lengths, maxlen = (windows != 0).sum(1), windows.shape[1]
         out, done = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
         for width in sorted({min(width, maxlen) for width in (4, 16, maxlen)}):
@@ -63,8 +81,8 @@ class CFModel:
         return out
 
     def scores(self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"]) -> np.ndarray:
-        """x_u . E_i for each candidate."""
-        return np.asarray(_score(self.params["E"], x_u, jnp.asarray(candidates)))
+        """The score of each candidate: x_u . E_i, or the model's own."""
+        return np.asarray(_score(self.params, self.config, x_u, jnp.asarray(candidates)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -72,9 +90,9 @@ def _represent(parameters: Any, config: Any, windows: jax.Array, pads: jax.Array
     return collaborative.user_representation(parameters, config, windows, pads)
 
 
-@jax.jit
-def _score(E: jax.Array, x_u: jax.Array, candidates: jax.Array) -> jax.Array:
-    return jnp.einsum("ud,ucd->uc", x_u, jnp.take(E, candidates, axis=0))
+@functools.partial(jax.jit, static_argnums=1)
+def _score(parameters: Any, config: Any, x_u: jax.Array, candidates: jax.Array) -> jax.Array:
+    return collaborative.scores(parameters, config, x_u, jnp.take(parameters["E"], candidates, axis=0))
 
 
 def make_epoch(
@@ -99,19 +117,19 @@ def make_epoch(
         all their items; padding costs nothing there. A batch that does not fit is computed at full width. Without
         tiers every batch is.
     """
-    per_device, features = batch // len(devices), collaborative.module_of(c).features
+    per_device, model = batch // len(devices), collaborative.module_of(c)
 
     def losses_of(groups, keys_of, parameters):
         # One look-up of E for everything, so that its gradient is one scatter.
-        ids = jnp.concatenate([jnp.ravel(ids) for group in groups for ids in group[1:4]])
+        ids = jnp.concatenate([jnp.ravel(ids) for group in groups for ids in group[2:5]])
         looked_up, at, total = sequential.rows_of(parameters["E"], ids), 0, jnp.float32(0)
-        for rows, windows, positives, negatives, pads in groups:
+        for rows, users, windows, positives, negatives, pads in groups:
             shape, parts = windows.shape, []
             for _ in range(3):
                 parts.append(jnp.reshape(looked_up[at : at + windows.size], (*shape, c.width)))
                 at += windows.size
-            inputs = (windows, positives, negatives, keys_of(rows), pads, parts)
-            total += sequential.loss_terms(features, parameters, c, *inputs)[0]
+            inputs = (windows, positives, negatives, keys_of(rows), pads, parts, users)
+            total += sequential.loss_terms(model, parameters, c, *inputs)[0]
         return total
 
     def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
@@ -132,7 +150,7 @@ def make_epoch(
             return jax.value_and_grad(loss)(state.params)
 
         def group(rows, width, pads):
-            return rows, *batches.training_rows(key, state.step, rows, data, width)[1:], pads
+            return rows, *batches.training_rows(key, state.step, rows, data, width), pads
 
         def at_full_width():
             return gradients_of([group(mesh.local_rows(per_device), c.maxlen, None)])
@@ -192,24 +210,39 @@ def make_validation(c: Any, dataset: Dataset, key: jax.Array, most: int = 10_000
     windows = dataset.windows(dataset.history_end("validation")[users], c.maxlen, users)
 
     def validate(parameters: Any) -> dict[str, float]:
-        model = CFModel(c, parameters)
-        scores = model.scores(model.x_u(windows), candidates)
+        model = _model(c, parameters, dataset)
+        scores = model.scores(model.x_u(windows, users), candidates)
         rank = (scores[:, 1:] >= scores[:, :1]).sum(1)  # ties count against us
         return {"ndcg@10": float(np.mean(np.where(rank < 10, 1 / np.log2(rank + 2), 0)))}
 
     return validate
 
 
-NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "nextitnet": "NextItNet"}
+def tier_multiple(batch: int, devices: int) -> int:
+    """What the capacities of length tiers are multiples of: the same for 1, 2, 4 and 8 devices, so that they agree."""
+    return math.lcm(math.gcd(batch, 8), devices)
 
 
-def configure(config: CF, n_items: int) -> Any:
+NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "nextitnet": "NextItNet", "ncf": "NCF"}
+
+
+def configure(config: CF, dataset: Dataset) -> Any:
     """The model's own config. Raises `UserError` for sizes that do not fit together."""
     if config.width % config.heads:
         raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
     kind, _ = collaborative.MODELS[config.model]
-    fields = {field.name for field in dataclasses.fields(kind)} - {"n_items"}
-    return kind(n_items, **{name: getattr(config, name) for name in fields})
+    sizes = {"n_items": dataset.n_items, "n_users": dataset.n_users}
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: sizes[name] if name in sizes else getattr(config, name) for name in names})
+
+
+def _model(c: Any, parameters: Any, dataset: Dataset) -> CFModel:
+    """The trained model; of NCF, with what makes a user's row of a history, fitted on the training histories."""
+    if not isinstance(c, ncf.NCFConfig):
+        return CFModel(c, parameters)
+    users = np.flatnonzero(dataset.n_train > 1)
+    windows = dataset.windows((dataset.offsets[:-1] + dataset.n_train)[users], c.maxlen, users)
+    return CFModel(c, parameters, ncf.fold_in(*(np.asarray(parameters[name]) for name in ("E", "P")), windows, users))
 
 
 def train_cf(
@@ -223,7 +256,7 @@ def train_cf(
     console: Console | None = None,
 ) -> tuple[CFModel, Curves]:
     """Trains (or goes on with) stage 0 in `folder` and returns the selected model and its curves."""
-    c = configure(config, dataset.n_items)
+    c = configure(config, dataset)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
     optimiser = optax.adam(config.learning_rate, b1=0.9, b2=0.98, eps=1e-8)
@@ -238,7 +271,7 @@ def train_cf(
         batch=config.batch,
         steps=steps,
         l2_emb=config.l2_emb,
-        tiers=batches.length_tiers(lengths, c.maxlen, config.batch, math.lcm(math.gcd(config.batch, 8), len(devices))),
+        tiers=batches.length_tiers(lengths, c.maxlen, config.batch, tier_multiple(config.batch, len(devices))),
         how=how,
     )
     validate = make_validation(c, dataset, validation_key)
@@ -266,4 +299,4 @@ def train_cf(
                 state = restored[1]
     finally:
         checkpoints.close()
-    return CFModel(c, state.params), curves
+    return _model(c, state.params, dataset), curves

@@ -228,7 +228,7 @@ def train_llm(
     init_key, order_key, candidate_key = jax.random.split(key, 3)
     users = np.flatnonzero(dataset.has_target("train"))
     targets, ends = dataset.targets("train")[users], dataset.history_end("train")[users]
-    x_u = cf.x_u(dataset.windows(ends, cf.config.maxlen, users))
+    x_u = cf.x_u(dataset.windows(ends, cf.config.maxlen, users), users)
     histories = dataset.windows(ends, config.history, users)
     seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
     builder = PromptBuilder(

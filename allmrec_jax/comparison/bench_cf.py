@@ -1,0 +1,162 @@
+"""Benchmarks of stage 0: SASRec as the paper sizes it, on generated users as many and as short as the paper's Beauty.
+
+    cf.train       sequences a second of whole training steps (drawing, forward, backward, Adam)
+    cf.evaluate    users a second: x_u from the history and the scores of 20 candidates
+
+The baseline is SASRec in PyTorch as its public code runs it: windows of 50 padded, one row after the other drawn in
+Python, a step at a time; evaluation user by user. Same weights, same losses.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+
+from allmrec_jax.comparison.bench import Row, interleave, row
+from allmrec_jax.data import batches
+from allmrec_jax.models import params, sasrec
+from allmrec_jax.training import cf, mesh
+from allmrec_jax.training.state import create
+
+SEED = 0
+USERS, ITEMS, MEAN_LENGTH = 9930, 6141, 6.44  # the paper's Beauty (Kim et al. 2024, table 2)
+BATCH, CANDIDATES = 128, 20
+
+
+def _sequences() -> tuple[np.ndarray, np.ndarray]:
+    """(flat items, offsets): lengths of at least 4, geometric beyond; items by a power law."""
+    rng = np.random.default_rng(SEED)
+    lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), USERS)
+    offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
+    items = (rng.pareto(0.9, offsets[-1]) * ITEMS / 50).astype(int) % ITEMS + 1
+    return items.astype(np.int32), offsets
+
+
+def bench_cf(repeats: int, console: Console) -> list[Row]:
+    """Both rows. Raises ImportError without PyTorch."""
+    import torch
+
+    from allmrec_jax.torch_baseline.sasrec import SASRec
+
+    items, offsets = _sequences()
+    ends = offsets[2:] - 2  # leave-one-out
+    sets = [np.unique(items[a:b]) for a, b in zip(offsets[1:-1], ends, strict=True)]
+    counts = np.concatenate([[0, 0], np.cumsum([len(s) for s in sets])])
+    c = sasrec.SASRecConfig(ITEMS)
+    tree = params.init(jax.random.key(SEED), sasrec.describe(c))
+    data: dict[str, Any] = {
+        "items": jax.numpy.asarray(items),
+        "start": jax.numpy.asarray(offsets[1:-1], jax.numpy.int32),
+        "end": jax.numpy.asarray(ends, jax.numpy.int32),
+        "users": jax.numpy.arange(1, USERS + 1),
+        "seen": batches.seen_items(np.concatenate(sets), counts, ITEMS),
+    }
+    baseline = SASRec(c)
+    weights = params.to_torch(sasrec.describe(c), jax.device_get(tree))
+    baseline.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    train = _train(c, tree, data, ends - offsets[1:-1], baseline, items, offsets, ends, sets, repeats, console)
+    return [train, _evaluate(c, tree, baseline, items, offsets, ends, repeats, console)]
+
+
+def _train(c, tree, data, lengths, baseline, items, offsets, ends, sets, repeats, console) -> Row:
+    import torch
+
+    steps, baseline_steps = USERS // BATCH, 10
+    optimiser = optax.adam(1e-3, b1=0.9, b2=0.98, eps=1e-8)
+    devices = mesh.data_devices(BATCH)
+    tiers = batches.length_tiers(lengths - 1, c.maxlen, BATCH, cf.tier_multiple(BATCH, len(devices)))
+    epoch = cf.make_epoch(c, optimiser, devices, batch=BATCH, steps=steps, tiers=tiers)
+    state = [create(jax.tree.map(jax.numpy.copy, tree), optimiser)]
+    key = jax.random.key(SEED)
+
+    def ours() -> float:
+        start = time.perf_counter()
+        state[0], losses = epoch(state[0], data, key)
+        jax.block_until_ready(losses)
+        return (time.perf_counter() - start) / (steps * BATCH)
+
+    ours()  # compiles
+    adam = torch.optim.Adam(baseline.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    rng = np.random.default_rng(SEED)
+    owned = [set(s.tolist()) for s in sets]
+
+    def draw() -> list[Any]:
+        drawn = np.zeros((3, BATCH, c.maxlen), np.int64)
+        for b in range(BATCH):
+            user = int(rng.integers(USERS))
+            sequence = items[offsets[user + 1] : ends[user]].tolist()
+            following, at = sequence[-1], c.maxlen - 1
+            for item in reversed(sequence[:-1]):
+                negative = int(rng.integers(1, ITEMS + 1))
+                while negative in owned[user]:
+                    negative = int(rng.integers(1, ITEMS + 1))
+                drawn[:, b, at] = item, following, negative
+                following, at = item, at - 1
+                if at < 0:
+                    break
+        return [torch.from_numpy(part) for part in drawn]
+
+    def theirs() -> float:
+        baseline.train()
+        start = time.perf_counter()
+        for _ in range(baseline_steps):
+            adam.zero_grad()
+            baseline.loss(*draw()).backward()
+            adam.step()
+        return (time.perf_counter() - start) / (baseline_steps * BATCH)
+
+    theirs()
+    seconds = interleave([("ours", ours), ("theirs", theirs)], repeats, console)
+    return row(
+        "cf.train",
+        "sequences/s",
+        1,
+        seconds["ours"],
+        seconds["theirs"],
+        what=f"SASRec (d 50, 2 blocks, maxlen 50), batch {BATCH}, {USERS:,} users of {MEAN_LENGTH} items; in tiers "
+        f"{', '.join(f'{rows} x {width}' for width, rows in tiers)}; against PyTorch as its users run it",
+        beside={"our seconds an epoch": float(np.median(seconds["ours"])) * steps * BATCH},
+    )
+
+
+def _evaluate(c, tree, baseline, items, offsets, ends, repeats, console) -> Row:
+    import torch
+
+    rng = np.random.default_rng(SEED)
+    windows = np.zeros((USERS, c.maxlen), np.int32)
+    for user in range(USERS):
+        history = items[offsets[user + 1] : ends[user] + 1][-c.maxlen :]
+        windows[user, c.maxlen - len(history) :] = history
+    candidates = rng.integers(1, ITEMS + 1, (USERS, CANDIDATES))
+    model, some = cf.CFModel(c, tree), 200
+
+    def ours() -> float:
+        start = time.perf_counter()
+        model.scores(model.x_u(windows), candidates)
+        return (time.perf_counter() - start) / USERS
+
+    def theirs() -> float:
+        baseline.eval()
+        start = time.perf_counter()
+        with torch.no_grad():
+            for user in range(some):
+                x_u = baseline.user_representation(torch.tensor(windows[user : user + 1]))
+                baseline.scores(x_u, torch.tensor(candidates[user : user + 1]))
+        return (time.perf_counter() - start) / some
+
+    ours()
+    theirs()
+    seconds = interleave([("ours", ours), ("theirs", theirs)], repeats, console)
+    return row(
+        "cf.evaluate",
+        "users/s",
+        1,
+        seconds["ours"],
+        seconds["theirs"],
+        what=f"x_u and the scores of {CANDIDATES} candidates; against PyTorch user by user",
+    )
