@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allmrec",
         description="A-LLMRec in JAX: recommendation with collaborative filtering and a frozen large language model.",
-        epilog="Begin with `allmrec demo`: data, training and evaluation end to end, in some minutes on a laptop.",
+        epilog="Begin with `allmrec demo`: data, training and evaluation end to end, in about 20 minutes on a laptop.",
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"allmrec-jax {__version__}")
@@ -105,9 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "\nFetches data and weights, trains the three stages, evaluates, and writes metrics.json and report.html.\n"
         "Interrupted, it goes on from where it was; finished, it shows its results again.",
     )
-    demo.add_argument(
-        "--full", action="store_true", help="train on and test all users (at most 100 minutes on 2 cores)"
-    )
+    demo.add_argument("--full", action="store_true", help="train on and test all users (about an hour on 2 cores)")
     demo.add_argument("--workdir", type=Path, help="where everything is kept (default runs/demo or runs/demo-full)")
 
     cli_data.add_commands(command)

@@ -13,7 +13,7 @@ def config() -> Experiment:
         name="demo",
         data=Data(name="ml-100k", strip_years=True),
         cf=CF(epochs=250),
-        align=Alignment(epochs=6, learning_rate=1e-3, encoder_learning_rate=1e-4),
+        align=Alignment(epochs=6, learning_rate=1e-3, encoder_learning_rate=1e-4, save_every=1),
         llm=Injection(
             domain="movies",
             history=4,
@@ -27,6 +27,7 @@ def config() -> Experiment:
             learning_rate=1e-3,
             warmup=5,
             decay=True,
+            save_every=10,
         ),
         evaluation=Evaluation(users=128),
     )

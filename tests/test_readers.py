@@ -383,7 +383,11 @@ def test_columns_may_be_called_anything(tmp_path, capsys):
         ("m.csv", "user,item,time\na,x,1\na,y\nb,x,3\n", "line 3: it has 2 fields instead of 3"),
         ("m.csv", "user,item,note\na,x,n\n,x\nb,y\n", "line 3: the user is empty"),
         ("m.csv", "user,item,time\na,x,1\na,y,2,9\nb,x,3\n", "line 3: it has 4 fields instead of 3"),
-        ("m.csv", "user,item,time\na,x,1\na,y,soon\nb,x,3\n", "line 3: 'soon' is not a valid time"),
+        (
+            "m.csv",
+            "user,item,time\na,x,1\na,y,soon\nb,x,3\n",
+            "line 3: 'soon' is not a valid time (whole seconds or finer since 1970)",
+        ),
         ("m.csv", "user,item,time\na,x,1\n,y,2\nb,x,3\n", "line 3: the user is empty"),
         ("m.tsv", "user\titem\trating\na\tx\t1\na\ty\tnan\nb\tx\t3\n", "line 3: 'nan' is not a valid rating"),
         ("m.txt", "a x\nlonely\nb x\n", "line 2: it has a user and no item"),
@@ -408,7 +412,7 @@ def test_unusable_rows_of_parquet_are_counted(tmp_path):
     assert pairs(raw.interactions) == [("a", "1", None, 1)]
     assert raw.skipped.examples == [
         "m.parquet row 2: None is not a valid user",
-        "m.parquet row 3: nan is not a valid time",
+        "m.parquet row 3: nan is not a valid time (whole seconds or finer since 1970)",
     ]
 
 

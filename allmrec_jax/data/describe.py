@@ -62,7 +62,7 @@ def describe(dataset: Dataset):
         ("users with training items only", f"{figures['users_with_training_only']:,}"),
         ("items with a title", f"{figures['share_with_title']:.1%}"),
         ("items with a description", f"{figures['share_with_description']:.1%}"),
-        ("items whose title another item has, too", f"{figures['items_sharing_a_title']:,}"),
+        ("items beyond the first of their title", f"{figures['items_sharing_a_title']:,}"),
         ("items without a training interaction", f"{figures['items_without_training']:,}"),
         ("interactions with an item the user had before", f"{figures['repeats']:,}"),
         ("test targets that the user had before", f"{figures['repeated_test_targets']:,}"),
@@ -76,7 +76,8 @@ def describe(dataset: Dataset):
         ("repeated_rows", "repeated rows in the metadata"),
         ("unusable_lines", "lines of the metadata that could not be used"),
     ):
-        if dataset.manifest.get("texts", {}).get(key):
+        # Without any metadata every item lacks a row: "items with a title" has said so.
+        if 0 < dataset.manifest.get("texts", {}).get(key, 0) < dataset.n_items:
             rows.append((what, f"{dataset.manifest['texts'][key]:,}"))
     settings = dataset.manifest.get("settings", {})
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
@@ -148,7 +149,8 @@ def sources_table():
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for source in sources.KNOWN.values():
-        cached = "the local cache (it is there)" if sources.is_cached(source.name) else "the local cache"
+        cached = f"the local cache, {sources.cache_dir() / source.name}"
+        cached += " (it is there)" if sources.is_cached(source.name) else ""
         where = "from " + ", else ".join([cached, *(place.label for place in source.places)])
         table.add_row(source.name, escape(f"{source.title}\n{source.home}\n{source.terms}\n{where}"))
     return table

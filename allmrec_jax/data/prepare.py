@@ -192,7 +192,7 @@ def _prepare(raw: Raw, settings: dict, inputs: list[dict], out: Path, console) -
         raise AssertionError("the rows dropped and kept do not add up to the input's")
     if not kept:
         reasons = ", ".join(f"{entry['rows']:,}: {entry['reason']}" for entry in dropped if entry["rows"])
-        raise UserError(f"none of the {len(keep):,} rows is left ({reasons}): lower k_core or the rating limit")
+        raise UserError(f"none of the {len(keep):,} rows is left ({reasons}): lower --k-core or --min-positive-rating")
 
     rows = np.flatnonzero(keep)
     user_ids, user_first = recipes.number(users[rows])

@@ -273,7 +273,8 @@ def _number(name: str, value: object) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a valid {name}")
+        hint = " (whole seconds or finer since 1970)" if name == "time" else ""
+        raise ValueError(f"{value!r} is not a valid {name}{hint}")
     return number
 
 
@@ -281,7 +282,7 @@ def _time(value: object) -> int:
     whole = isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())
     time = int(value) if whole and not isinstance(value, bool) else _number("time", value)  # type: ignore[call-overload]
     if not 0 <= time < 2**63 or time != int(time):
-        raise ValueError(f"{value!r} is not a valid time")
+        raise ValueError(f"{value!r} is not a valid time (whole seconds or finer since 1970)")
     return int(time)
 
 
