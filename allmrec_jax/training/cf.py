@@ -50,7 +50,7 @@ class CFModel:
         self,
         windows: Int[np.ndarray, "users maxlen"],
         users: Int[np.ndarray, " users"] | None = None,
-        batch: int = 256,
+        batch: int = 512,
     ) -> Float[np.ndarray, "users d"]:
         """User representations of left-padded windows.
 
