@@ -16,6 +16,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,14 +36,11 @@ def module_of(c: Any) -> ModuleType:
 
 
 def user_representation(
-    params: Any,
-    c: Any,
-    windows: Int[Array, "batch time"],
-    pads: Int[Array, " batch"] | None = None,
-    users: Int[Array, " batch"] | None = None,
+    params: Any, c: Any, windows: Int[Array, "batch time"], pads: Int[Array, " batch"] | None = None
 ) -> Float[Array, "batch d"]:
     """x_u of a history: the features at the last position of its window."""
-    return module_of(c).features(params, c, windows, None, pads, None, users)[:, -1]
+    with jax.named_scope("x_u"):
+        return module_of(c).features(params, c, windows, None, pads)[:, -1]
 
 
 def scores(

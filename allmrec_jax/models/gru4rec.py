@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from allmrec_jax.models.params import Parameter, uniform, xavier_normal
-from allmrec_jax.models.sequential import dropout, rows_of
+from allmrec_jax.models.params import Parameter, uniform
+from allmrec_jax.models.sequential import dense, dense_layer, dropout, item_table, rows_of
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,10 @@ def describe(c: GRU4RecConfig) -> dict[str, Any]:
         }
 
     return {
-        "E": Parameter((c.n_items + 1, d), ("items", None), xavier_normal(c.n_items + 1, d), "item_emb.weight"),
+        "E": item_table(c.n_items, d),
         "input": gates("ih"),
         "state": gates("hh"),
-        "out": {
-            "kernel": Parameter((d, d), (None, None), uniform(d), "out.weight", "o i -> i o"),
-            "bias": Parameter((d,), (None,), uniform(d), "out.bias"),
-        },
+        "out": dense_layer(d, d, "out"),
     }
 
 
@@ -102,4 +99,4 @@ def features(
         start = jnp.zeros((windows.shape[0], c.width), x.dtype)
         _, states = jax.lax.scan(step, start, (gates, jnp.swapaxes(real, 0, 1)))
         x = jnp.swapaxes(states, 0, 1)
-    return jnp.einsum("bti,io->bto", x, params["out"]["kernel"]) + params["out"]["bias"][None, None]
+    return dense(x, params["out"])

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from allmrec_jax.models.params import Parameter, normal, uniform
-from allmrec_jax.models.sequential import dropout
+from allmrec_jax.models.params import Parameter, normal
+from allmrec_jax.models.sequential import dense, dense_layer, dropout
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,12 @@ class NCFConfig:
 def describe(c: NCFConfig) -> dict[str, Any]:
     """Parameters; each layer of the network is as wide as q'."""
     g, m = c.halves
-    layers = {}
-    for k in range(c.blocks):
-        inputs = 2 * m if k == 0 else m
-        layers[f"layer{k}"] = {
-            "kernel": Parameter((inputs, m), (None, None), uniform(inputs), f"mlp.{k}.weight", "o i -> i o"),
-            "bias": Parameter((m,), (None,), uniform(inputs), f"mlp.{k}.bias"),
-        }
+    layers = {f"layer{k}": dense_layer(2 * m if k == 0 else m, m, f"mlp.{k}") for k in range(c.blocks)}
     return {
         "E": Parameter((c.n_items + 1, c.width), ("items", None), normal(0.1), "item_emb.weight"),
         "P": Parameter((c.n_users + 1, c.width), (None, None), normal(0.1), "user_emb.weight"),
         "mlp": layers,
-        "out": {
-            "kernel": Parameter((g + m, 1), (None, None), uniform(g + m), "out.weight", "o i -> i o"),
-            "bias": Parameter((1,), (None,), uniform(g + m), "out.bias"),
-        },
+        "out": dense_layer(g + m, 1, "out"),
     }
 
 
@@ -77,11 +68,9 @@ def score(
     g, _ = c.halves
     hidden = jnp.concatenate([f[..., g:], rows[..., g:]], axis=-1)
     for k in range(c.blocks):
-        w = params["mlp"][f"layer{k}"]
-        hidden = jnp.einsum("...i,io->...o", hidden, w["kernel"])
-        hidden = jax.nn.relu(hidden + jnp.broadcast_to(w["bias"], hidden.shape))
+        hidden = jax.nn.relu(dense(hidden, params["mlp"][f"layer{k}"]))
     both = jnp.concatenate([f[..., :g] * rows[..., :g], hidden], axis=-1)
-    return jnp.einsum("...i,io->...o", both, params["out"]["kernel"])[..., 0] + params["out"]["bias"][0]
+    return dense(both, params["out"])[..., 0]
 
 
 def fold_in(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from allmrec_jax.models.params import Parameter, constant, uniform, xavier_normal
-from allmrec_jax.models.sequential import dropout, layer_norm, rows_of
+from allmrec_jax.models.params import Parameter, constant, uniform
+from allmrec_jax.models.sequential import dense, dense_layer, dropout, item_table, layer_norm, rows_of
 
 KERNEL = 3
 LAYER_NORM_EPS = 1e-8
@@ -50,17 +50,14 @@ def describe(c: NextItNetConfig) -> dict[str, Any]:
         }
 
     return {
-        "E": Parameter((c.n_items + 1, d), ("items", None), xavier_normal(c.n_items + 1, d), "item_emb.weight"),
+        "E": item_table(c.n_items, d),
         "blocks": {
             "conv1": conv("blocks.{layer}.conv1"),
             "norm1": norm("blocks.{layer}.norm1"),
             "conv2": conv("blocks.{layer}.conv2"),
             "norm2": norm("blocks.{layer}.norm2"),
         },
-        "out": {
-            "kernel": Parameter((d, d), (None, None), uniform(d), "out.weight", "o i -> i o"),
-            "bias": Parameter((d,), (None,), uniform(d), "out.bias"),
-        },
+        "out": dense_layer(d, d, "out"),
     }
 
 
@@ -92,7 +89,7 @@ def features(
             y = jnp.where(real, jax.nn.relu(layer_norm(y, w[f"norm{part}"], LAYER_NORM_EPS)), 0)
         x = x + y
     x = dropout(x, c.dropout, dropout_keys, 1)
-    return jnp.einsum("bti,io->bto", x, params["out"]["kernel"]) + params["out"]["bias"][None, None]
+    return dense(x, params["out"])
 
 
 def _convolve(x: Float[Array, "batch time i"], w: Any, dilation: int) -> Float[Array, "batch time o"]:

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from allmrec_jax.models.params import Parameter, constant, normal, uniform, xavier_normal
-from allmrec_jax.models.sequential import dropout, layer_norm
+from allmrec_jax.models.sequential import dense, dropout, item_table, layer_norm
 
 LAYER_NORM_EPS = 1e-8
 
@@ -57,7 +57,7 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
 
     attention = "attention_layers.{layer}"
     return {
-        "E": Parameter((c.n_items + 1, d), ("items", None), xavier_normal(c.n_items + 1, d), "item_emb.weight"),
+        "E": item_table(c.n_items, d),
         "positions": Parameter((c.maxlen, d), (None, None), xavier_normal(c.maxlen, d), "pos_emb.weight"),
         "blocks": {
             "attention_norm": norm("attention_layernorms.{layer}"),
@@ -95,11 +95,6 @@ def describe(c: SASRecConfig) -> dict[str, Any]:
         },
         "last_norm": norm("last_layernorm"),
     }
-
-
-def _dense(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
-    y = jnp.einsum("...i,io->...o", x, w["kernel"])
-    return y + jnp.broadcast_to(w["bias"], y.shape)
 
 
 def features(
@@ -167,10 +162,10 @@ def features(
             attended = jnp.einsum("bnqs,bnsk->bnqk", drop(weights[..., :-1], 4 * block + 1), v)
             attended = attended + jnp.einsum("bnq,nk->bnqk", of_pads, value_bias)
         attended = rearrange(attended, "b n t k -> b t (n k)")
-        x = query + _dense(attended, w["out"])
+        x = query + dense(attended, w["out"])
         x = layer_norm(x, w["ffn_norm"], LAYER_NORM_EPS)
-        hidden = jax.nn.relu(drop(_dense(x, w["conv1"]), 4 * block + 2))
-        x = x + drop(_dense(hidden, w["conv2"]), 4 * block + 3)
+        hidden = jax.nn.relu(drop(dense(x, w["conv1"]), 4 * block + 2))
+        x = x + drop(dense(hidden, w["conv2"]), 4 * block + 3)
         x = jnp.where(real, x, 0)
     return layer_norm(x, params["last_norm"], LAYER_NORM_EPS)
 
@@ -192,15 +187,3 @@ def _kept_share(c: SASRecConfig, keys: jax.Array, site: int, pads: jax.Array, sh
     steps = jnp.asarray(_binomial_cdf(c.maxlen, keep))[pads]  # one row of the table for each row of the batch
     kept = jnp.sum(u[..., None] >= steps[:, None, None, :], axis=-1)
     return kept / (jnp.maximum(pads, 1)[:, None, None] * keep)
-
-
-def user_representation(
-    params: Any,
-    c: SASRecConfig,
-    windows: Int[Array, "batch time"],
-    dropout_keys: Key[Array, " batch"] | None = None,
-    pads: Int[Array, " batch"] | None = None,
-) -> Float[Array, "batch d"]:
-    """x_u: the feature at the last position. An empty history gives the last norm's bias."""
-    with jax.named_scope("x_u"):
-        return features(params, c, windows, dropout_keys, pads)[:, -1]

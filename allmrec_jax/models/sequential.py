@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from allmrec_jax.models.params import Parameter, uniform, xavier_normal
+
 
 def rows_of(E: Float[Array, "items d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
     """E_i; row 0 is read as it stands but gets no gradient, so it keeps its initial value for ever."""
@@ -24,9 +26,28 @@ def layer_norm(x: Float[Array, "*batch d"], w: dict[str, jax.Array], eps: float)
     return jnp.einsum("...d,d->...d", x, w["scale"]) + jnp.broadcast_to(w["bias"], x.shape)
 
 
+def item_table(n_items: int, d: int) -> Parameter:
+    """The description of E (n_items + 1, d), row 0 for padding."""
+    return Parameter((n_items + 1, d), ("items", None), xavier_normal(n_items + 1, d), "item_emb.weight")
+
+
+def dense_layer(inputs: int, outputs: int, name: str) -> dict[str, Parameter]:
+    """The description of one dense layer, which starts as PyTorch's do."""
+    return {
+        "kernel": Parameter((inputs, outputs), (None, None), uniform(inputs), f"{name}.weight", "o i -> i o"),
+        "bias": Parameter((outputs,), (None,), uniform(inputs), f"{name}.bias"),
+    }
+
+
+def dense(x: Float[Array, "*batch i"], w: dict[str, jax.Array]) -> Float[Array, "*batch o"]:
+    """x kernel + bias over the last axis."""
+    y = jnp.einsum("...i,io->...o", x, w["kernel"])
+    return y + jnp.broadcast_to(w["bias"], y.shape)
+
+
 def dropout(
-    x: Float[Array, batch * rest], rate: float, keys: Key[Array, " batch"] | None, site: int
-) -> Float[Array, batch * rest]:
+    x: Float[Array, "batch ..."], rate: float, keys: Key[Array, " batch"] | None, site: int
+) -> Float[Array, "batch ..."]:
     """Drops elements with probability `rate` and scales the others; nothing without keys.
 
     One key a row, so that a row's mask does not depend on which device or batch it is in. `site` tells the places of
