@@ -186,7 +186,6 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.rows < 1000 or arguments.repeats < 1:
         raise UserError("--rows must be at least 1000 and --repeats at least 1")
     from allmrec_jax.comparison import bench
-    from allmrec_jax.comparison.bench_data import bench_data
 
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no such folder")
@@ -199,6 +198,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
 
         rows += bench_cf(arguments.repeats, console)
     if "data" in wanted:
+        from allmrec_jax.comparison.bench_data import bench_data
+
         rows += bench_data(arguments.rows, arguments.repeats, console)
     bench.show(rows, console)
     if arguments.json:

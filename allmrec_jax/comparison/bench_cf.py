@@ -18,6 +18,7 @@ import optax
 from rich.console import Console
 
 from allmrec_jax.comparison.bench import Row, interleave, row
+from allmrec_jax.comparison.sampling import draw_row, popular_items, training_arrays
 from allmrec_jax.data import batches
 from allmrec_jax.models import params, sasrec
 from allmrec_jax.training import cf, mesh
@@ -33,8 +34,7 @@ def _sequences() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(SEED)
     lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), USERS)
     offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
-    items = (rng.pareto(0.9, offsets[-1]) * ITEMS / 50).astype(int) % ITEMS + 1
-    return items.astype(np.int32), offsets
+    return popular_items(rng, int(offsets[-1]), ITEMS), offsets
 
 
 def bench_cf(repeats: int, console: Console) -> list[Row]:
@@ -45,25 +45,17 @@ def bench_cf(repeats: int, console: Console) -> list[Row]:
 
     items, offsets = _sequences()
     ends = offsets[2:] - 2  # leave-one-out
-    sets = [np.unique(items[a:b]) for a, b in zip(offsets[1:-1], ends, strict=True)]
-    counts = np.concatenate([[0, 0], np.cumsum([len(s) for s in sets])])
+    data, owned = training_arrays(items, offsets[1:-1], ends, ITEMS)
     c = sasrec.SASRecConfig(ITEMS)
     tree = params.init(jax.random.key(SEED), sasrec.describe(c))
-    data: dict[str, Any] = {
-        "items": jax.numpy.asarray(items),
-        "start": jax.numpy.asarray(offsets[1:-1], jax.numpy.int32),
-        "end": jax.numpy.asarray(ends, jax.numpy.int32),
-        "users": jax.numpy.arange(1, USERS + 1),
-        "seen": batches.seen_items(np.concatenate(sets), counts, ITEMS),
-    }
     baseline = SASRec(c)
     weights = params.to_torch(sasrec.describe(c), jax.device_get(tree))
     baseline.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    train = _train(c, tree, data, ends - offsets[1:-1], baseline, items, offsets, ends, sets, repeats, console)
+    train = _train(c, tree, data, ends - offsets[1:-1], baseline, items, offsets, ends, owned, repeats, console)
     return [train, _evaluate(c, tree, baseline, items, offsets, ends, repeats, console)]
 
 
-def _train(c, tree, data, lengths, baseline, items, offsets, ends, sets, repeats, console) -> Row:
+def _train(c, tree, data, lengths, baseline, items, offsets, ends, owned, repeats, console) -> Row:
     import torch
 
     steps, baseline_steps = USERS // BATCH, 10
@@ -83,23 +75,12 @@ def _train(c, tree, data, lengths, baseline, items, offsets, ends, sets, repeats
     ours()  # compiles
     adam = torch.optim.Adam(baseline.parameters(), lr=1e-3, betas=(0.9, 0.98))
     rng = np.random.default_rng(SEED)
-    owned = [set(s.tolist()) for s in sets]
 
     def draw() -> list[Any]:
-        drawn = np.zeros((3, BATCH, c.maxlen), np.int64)
-        for b in range(BATCH):
-            user = int(rng.integers(USERS))
-            sequence = items[offsets[user + 1] : ends[user]].tolist()
-            following, at = sequence[-1], c.maxlen - 1
-            for item in reversed(sequence[:-1]):
-                negative = int(rng.integers(1, ITEMS + 1))
-                while negative in owned[user]:
-                    negative = int(rng.integers(1, ITEMS + 1))
-                drawn[:, b, at] = item, following, negative
-                following, at = item, at - 1
-                if at < 0:
-                    break
-        return [torch.from_numpy(part) for part in drawn]
+        users = rng.integers(USERS, size=BATCH).tolist()
+        sequences = [items[offsets[user + 1] : ends[user]].tolist() for user in users]
+        rows = [draw_row(rng, s, owned[user + 1], ITEMS, c.maxlen) for s, user in zip(sequences, users, strict=True)]
+        return [torch.from_numpy(part) for part in np.stack(rows, axis=1)]
 
     def theirs() -> float:
         baseline.train()

@@ -229,22 +229,15 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
     """`data.batches`: sequences a second of maxlen 50, with one negative a position, drawn as in stage 0."""
     import jax
 
+    from allmrec_jax.comparison.sampling import draw_row, popular_items, training_arrays
     from allmrec_jax.data import batches
 
     rng = np.random.default_rng(SEED)
     n_items = 10_000
     lengths = np.clip(rng.lognormal(2, 0.8, users), 5, 400).astype(int)
     offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
-    items = (rng.pareto(0.9, offsets[-1]) * n_items / 50).astype(int) % n_items + 1
-    sets = [np.unique(items[a:b]) for a, b in itertools.pairwise(offsets[1:])]
-    counts = np.concatenate([[0, 0], np.cumsum([len(s) for s in sets])])
-    data = {
-        "items": jax.numpy.asarray(items, jax.numpy.int32),
-        "start": jax.numpy.asarray(offsets[1:-1], jax.numpy.int32),
-        "end": jax.numpy.asarray(offsets[2:], jax.numpy.int32),
-        "users": jax.numpy.arange(1, users + 1),
-        "seen": batches.seen_items(np.concatenate(sets), counts, n_items),
-    }
+    items = popular_items(rng, int(offsets[-1]), n_items)
+    data, owned = training_arrays(items, offsets[1:-1], offsets[2:], n_items)
     key, steps, loop_rows = jax.random.key(SEED), max(1, 65_536 // batch), 2000
 
     @jax.jit
@@ -262,24 +255,13 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
         jax.block_until_ready(draw(steps, data))
         return (time.perf_counter() - start) / (steps * batch)
 
-    owned = [set(), *(set(s.tolist()) for s in sets)]
     sequences = [[], *(items[a:b].tolist() for a, b in itertools.pairwise(offsets[1:]))]
 
     def loop() -> float:
         start = time.perf_counter()
         for _ in range(loop_rows):
             user = int(rng.integers(1, users + 1))
-            window, positive, negative = (np.zeros(MAXLEN, np.int32) for _ in range(3))
-            following, at = sequences[user][-1], MAXLEN - 1
-            for item in reversed(sequences[user][:-1]):
-                window[at], positive[at] = item, following
-                drawn = int(rng.integers(1, n_items + 1))
-                while drawn in owned[user]:
-                    drawn = int(rng.integers(1, n_items + 1))
-                negative[at] = drawn
-                following, at = item, at - 1
-                if at < 0:
-                    break
+            draw_row(rng, sequences[user], owned[user], n_items, MAXLEN)
         return (time.perf_counter() - start) / loop_rows
 
     seconds = interleave([("ours", ours), ("loop", loop)], repeats, console)

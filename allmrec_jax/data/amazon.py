@@ -99,8 +99,7 @@ def read_metadata(path: Path, wanted: pl.Series, skipped: Skipped, console=None)
             at(block.read)
             read = _literals if dialect.literal else _json
             parts.append(read(path, block, dialect, wanted, bad))
-    skipped.of_items += bad.count
-    skipped.examples += bad.examples
+    skipped.add_items(bad)
     return pl.concat([no_items(wanted), *parts])
 
 

@@ -196,8 +196,7 @@ def read_json_table(path: Path, skipped: Skipped) -> pl.DataFrame:
                 parts.append(pl.read_ndjson(b"\n".join(good), infer_schema_length=None))
     if not parts:
         raise UserError(f"{path} holds no items")
-    skipped.of_items += bad.count
-    skipped.examples += bad.examples
+    skipped.add_items(bad)
     return pl.concat(parts, how="diagonal_relaxed")
 
 

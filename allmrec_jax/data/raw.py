@@ -56,6 +56,11 @@ class Skipped:
             before = f" ({self.limit:,} unusable {unit}s before it; --max-bad-lines allows more)" if self.limit else ""
             raise UserError(f"{path} {where}{before}")
 
+    def add_items(self, bad: "Skipped") -> None:
+        """Takes over what was skipped of an item file: noted, but no rows."""
+        self.of_items += bad.count
+        self.examples += bad.examples
+
 
 @dataclass(frozen=True, eq=False)
 class Raw:

@@ -60,11 +60,12 @@ class CFModel:
           users: their ids, where they are known: a model of users (NCF) then gives their rows.
         """
         if self.fold_in is not None:
-            folded = ncf.mean_rows(np.asarray(self.E), windows) @ self.fold_in
-            if users is None:
-                return folded
-            known = users <= self.config.n_users
-            return np.where(known[:, None], np.asarray(self.params["P"])[np.where(known, users, 0)], folded)
+            known = np.zeros(len(windows), bool) if users is None else users <= self.config.n_users
+            out = np.zeros((len(windows), self.config.width), np.float32)
+            out[~known] = ncf.mean_rows(np.asarray(self.E), windows[~known]) @ self.fold_in
+            if known.any():
+                out[known] = np.asarray(self.params["P"])[users[known]]
+            return out
         lengths, maxlen = (windows != 0).sum(1), windows.shape[1]
         out, done = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
         for width in sorted({min(width, maxlen) for width in (4, 16, maxlen)}):
