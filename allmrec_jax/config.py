@@ -32,7 +32,10 @@ class Data:
 class CF:
     """Stage 0, the collaborative filtering model."""
 
-    model: Literal["sasrec", "gru4rec", "nextitnet", "ncf"] = "sasrec"
+    model: Literal["sasrec", "gru4rec", "nextitnet", "ncf", "given"] = "sasrec"
+    """`given` trains nothing: it reads `file`."""
+    file: str | None = None
+    """For `given`: .npz or .safetensors with E (items, width), in the order of the data set's ids; docs/models.md."""
     width: int = 50
     """d, the width of item and user embeddings."""
     blocks: int = 2
@@ -46,8 +49,18 @@ class CF:
     epochs: int = 200
     """An epoch is n_users // batch steps."""
     learning_rate: float = 1e-3
+    loss: Literal["bce", "softmax"] = "bce"
+    """bce: yes or no for each item (paper); softmax: the next item among others."""
+    negatives: int = 1
+    """Of each position (bce), or shared by all positions of a step (softmax, where 0 takes all items)."""
+    calibration: float = 0.0
+    """t of gSASRec's loss, in [0, 1]; 0 is plain BCE."""
+    weight_decay: float = 0.0
     l2_emb: float = 0.0
     """Factor of the Frobenius norm of E in the loss."""
+    table: Literal["auto", "dense", "lazy"] = "auto"
+    """Rows of E that a step moves: all, as PyTorch's Adam does (dense), or only those that it reads (lazy), which costs
+    the same however many items there are; auto is dense up to 100,000 items."""
     select: Literal["best", "last"] = "best"
     """Which epoch is used: the best on validation NDCG@10 (paper), or the last (public code)."""
     evaluate_every: int = 10
@@ -147,6 +160,8 @@ class Devices:
 
     model: int = 1
     """Devices that share one copy of the LLM; the others are data parallel."""
+    items: int = 1
+    """Devices that share one copy of the item table E in stage 0, each with its rows."""
     map: Literal["shard_map", "pmap"] = "shard_map"
     """How stages 0 and 1 are mapped over devices."""
 
@@ -210,6 +225,7 @@ AT_LEAST_ONE = [
     "evaluation.batch",
     "evaluation.resamples",
     "devices.model",
+    "devices.items",
 ]
 
 
@@ -255,6 +271,14 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         (name, value > 0, "above 0") for name, value in values.items() if "learning_rate" in name and value is not None
     ]
     rules += [
+        (
+            "cf.negatives",
+            values["cf.negatives"] >= (values["cf.loss"] == "bce"),
+            "at least 1 (0, all items, with cf.loss softmax only)",
+        ),
+        ("cf.calibration", 0 <= values["cf.calibration"] <= 1, "in [0, 1]"),
+        ("cf.weight_decay", values["cf.weight_decay"] >= 0, "at least 0"),
+        ("cf.file", values["cf.model"] != "given" or bool(values["cf.file"]), "a file, with cf.model given"),
         ("cf.dropout", 0 <= values["cf.dropout"] < 1, "in [0, 1)"),
         (
             "cf.heads",

@@ -125,7 +125,8 @@ class Pipeline:
     @functools.cached_property
     def _cf(self) -> tuple[CFModel, Curves]:
         devices = self.experiment.devices
-        return self._timed("cf", train_cf, self.experiment.cf, self.dataset, self._open("cf"), how=devices.map)
+        how = {"how": devices.map, "shards": devices.items}
+        return self._timed("cf", train_cf, self.experiment.cf, self.dataset, self._open("cf"), **how)
 
     @property
     def cf(self) -> CFModel:

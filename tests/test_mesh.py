@@ -11,6 +11,7 @@ import tiny
 
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import alignment, params, sasrec
+from allmrec_jax.models.losses import Objective
 from allmrec_jax.training import align, cf, mesh
 from allmrec_jax.training.state import create
 
@@ -34,10 +35,11 @@ def epoch(tmp_path_factory):
     optimiser = optax.sgd(1.0, momentum=0.9)  # Adam would blow up the rounding of gradients that are 0
     data = cf.training_data(dataset)
 
-    def run(how: str, devices: int, tiers: tuple = TIERS, dropout: float = 0.3):
+    def run(how: str, devices: int, tiers: tuple = TIERS, dropout: float = 0.3, optimiser=optimiser, **options):
         config = dataclasses.replace(c, dropout=dropout)
-        state = create(params.init(jax.random.key(0), sasrec.describe(c)), optimiser)
-        made = cf.make_epoch(config, optimiser, on(devices), batch=16, steps=3, l2_emb=1e-3, tiers=tiers, how=how)
+        state = cf.initial_state(jax.random.key(0), c, optimiser)
+        options = {"l2_emb": 1e-3} | options
+        made = cf.make_epoch(config, optimiser, on(devices), batch=16, steps=3, tiers=tiers, how=how, **options)
         return jax.device_get(made(state, data, jax.random.key(1)))
 
     return run
@@ -68,6 +70,58 @@ def test_a_batch_that_fits_no_tiers_is_computed_at_full_width(epoch):
     assert_close(too_narrow, whole)
     fitting = epoch("shard_map", 2)[1]["loss"]  # other masks: these did go another way
     assert (np.abs(fitting - whole[1]["loss"]) > 1e-4).any()
+
+
+OBJECTIVES = {
+    "bce": Objective(),
+    "gbce": Objective(negatives=3, calibration=0.75),
+    "sampled": Objective("softmax", 8),
+}
+
+
+@pytest.mark.parametrize(("name", "lazy"), [("bce", False), ("gbce", False), ("sampled", True)])
+def test_a_table_cut_by_rows_learns_as_the_whole_one(epoch, name, lazy):
+    options = {"objective": OBJECTIVES[name], "lazy": lazy, "l2_emb": 0.0, "tiers": TIERS if lazy else ()}
+    assert_close(epoch("shard_map", 4, shards=2, **options), epoch("shard_map", 1, **options))
+
+
+def test_all_items_need_the_whole_table_on_each_device(epoch):
+    options = {"objective": Objective("softmax", 0), "l2_emb": 0.0, "tiers": ()}
+    assert_close(epoch("pmap", 2, **options), epoch("shard_map", 1, **options))
+    for wrong in ({"shards": 2}, {"lazy": True}):
+        with pytest.raises(UserError, match="reads all of E"):
+            epoch("shard_map", 2, **options, **wrong)
+
+
+def test_each_device_holds_its_own_rows_of_a_table_cut_by_rows(tmp_path):
+    dataset = tiny.dataset(tmp_path / "tiny")
+    c = sasrec.SASRecConfig(dataset.n_items, width=8, blocks=1, maxlen=10)
+    optimiser = optax.adam(1e-3)
+    made = cf.make_epoch(c, optimiser, on(8), batch=16, steps=1, lazy=True, shards=4)
+    state, _ = made(cf.initial_state(jax.random.key(0), c, optimiser), cf.training_data(dataset), jax.random.key(1))
+    adam = state.opt_state[0]
+    for E in (state.params["E"], adam.mu["E"], adam.nu["E"]):
+        assert {shard.data.shape for shard in E.addressable_shards} == {(E.shape[0] // 4, 8)}
+    assert len({shard.data.shape for shard in state.params["positions"].addressable_shards}) == 1
+
+
+def test_lazy_updates_are_dense_ones_where_nothing_moves_by_itself(epoch):
+    """Plain SGD leaves rows without gradient alone: moving only the rows looked up is then the same."""
+    options = {"optimiser": optax.sgd(0.5), "l2_emb": 0.0, "tiers": ()}
+    assert_close(epoch("shard_map", 1, lazy=True, **options), epoch("shard_map", 1, lazy=False, **options))
+
+
+def test_lazy_adam_moves_the_rows_looked_up_alone(epoch):
+    options = {"optimiser": optax.adam(1e-2), "l2_emb": 0.0, "tiers": ()}
+    state, _ = epoch("shard_map", 1, lazy=True, **options)
+    dense, _ = epoch("shard_map", 1, lazy=False, **options)
+    start = cf.initial_state(jax.random.key(0), sasrec.SASRecConfig(tiny.N_ITEMS, 8, 1, maxlen=10), optax.adam(1e-2))
+    moved = (np.asarray(start.params["E"]) != state.params["E"]).any(1)
+    assert moved[1 : tiny.N_ITEMS + 1].sum() > 20
+    assert not moved[0]
+    assert not moved[tiny.N_ITEMS + 1 :].any()
+    np.testing.assert_array_equal(moved, (state.opt_state[0].nu["E"] > 0).any(1))
+    assert np.abs(state.params["E"] - dense.params["E"]).max() < 0.1  # the same direction, not the same steps
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `to
 from parity import assert_trees_close, gradients_of, load, randomised, weights_of  # noqa: E402
 
 from allmrec_jax.models import params, sasrec, sequential  # noqa: E402
+from allmrec_jax.models.losses import Objective  # noqa: E402
 from allmrec_jax.torch_baseline.sasrec import SASRec  # noqa: E402
 
 LENGTHS = [0, 1, 3, 9, 10, 10, 6, 2]  # of 10: an empty history, short ones, full ones
@@ -96,6 +97,37 @@ def test_loss_and_gradients_are_equal(models, l2_emb):
     assert_trees_close(gradients, expected, atol=1e-5)
     if not l2_emb:
         assert not np.asarray(gradients["E"])[0].any()  # item 0 keeps its row for ever
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective(negatives=3, calibration=0.75), Objective("softmax", 0), Objective("softmax", 7)]
+)
+def test_the_other_objectives_are_equal(models, objective):
+    c, tree, baseline = models
+    windows, positives, _ = _batch(c)
+    random = np.random.default_rng(2)
+    each = random.integers(1, c.n_items + 1, (*windows.shape, 3))
+    shared = random.integers(1, c.n_items + 1, 7)
+    shared[:2] = positives[positives != 0][:2]  # a positive is no rival of itself
+    negatives = each if objective.loss == "bce" else None if objective.all_items else shared
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(tree):
+        ids = [None if part is None else jnp.asarray(part) for part in (windows, positives, negatives)]
+        total, count = sequential.loss_terms(sasrec, tree, c, *ids, objective=objective)
+        return total / count
+
+    ours, gradients = loss(tree)
+    baseline.eval().zero_grad()
+    ids = [torch.tensor(part) for part in (windows, positives)]
+    if objective.loss == "bce":
+        theirs = baseline.gbce(*ids, torch.tensor(each), objective.beta(c.n_items))
+    else:
+        theirs = baseline.cross_entropy(*ids, None if objective.all_items else torch.tensor(shared))
+    theirs.backward()
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradients["E"], gradients_of(baseline, sasrec.describe(c))["E"], rtol=1e-4, atol=1e-5)
 
 
 def test_adam_steps_are_equal(models):

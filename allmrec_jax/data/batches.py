@@ -25,7 +25,7 @@ Anywhere = Array | np.ndarray
 Rows, Windows = Int32[Array, " rows"], Int32[Array, "rows length"]
 Index = int | np.integer | Integer[Array, ""]
 
-_USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT = 1, 2, 3, 4, 5  # what a draw is for, folded into its key
+_USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT, _ITEMS = 1, 2, 3, 4, 5, 6  # what a draw is for, folded into its key
 
 
 def _row_keys(key: Key[Array, ""], purpose: int, step: Index, rows: Integer[Array, " rows"]):
@@ -58,9 +58,14 @@ def _draw_users(key, step, rows, eligible_count):
 
 
 def training_rows(
-    key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"], data: Mapping[str, Any], length: int
-) -> tuple[Rows, Windows, Windows, Windows]:
-    """What stage 0 learns from in a step: users, windows, the positive and a negative after each of a window's items.
+    key: Key[Array, ""],
+    step: Index,
+    rows: int | Integer[Anywhere, " rows"],
+    data: Mapping[str, Any],
+    length: int,
+    negatives: int = 1,
+) -> tuple[Rows, Windows, Windows, Int32[Array, "rows length negatives"]]:
+    """What stage 0 learns from in a step: users, windows, the positive and the negatives after each item of those.
 
         items 3 9 4 5, length 5      window 0 0 3 9 4     positive 0 0 9 4 5     negative: anything but 3 9 4 5
 
@@ -76,8 +81,8 @@ def training_rows(
     positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
     windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
     users = data["users"][chosen]
-    negatives = draw_negatives(key, step, rows, users, data["seen"], length)[:, ::-1]  # from the last position on
-    return users, windows, positives, negatives
+    drawn = draw_negatives(key, step, rows, users, data["seen"], length * negatives)  # from the last position on
+    return users, windows, positives, jnp.reshape(drawn[:, ::-1], (len(users), length, negatives))
 
 
 def length_tiers(
@@ -117,6 +122,12 @@ def length_tiers(
 def dropout_keys(key: Key[Array, ""], step: Index, rows: int | Integer[Anywhere, " rows"]) -> Key[Array, " rows"]:
     """A key for the dropout of each global row, so that a row's mask does not depend on where it is computed."""
     return _row_keys(key, _DROPOUT, step, _as_rows(rows))
+
+
+def draw_items(key: Key[Array, ""], step: Index, count: int, n_items: int) -> Int32[Array, " count"]:
+    """Items uniform over all, with replacement, for a whole step."""
+    of_step = jax.random.fold_in(jax.random.fold_in(key, _ITEMS), step)
+    return 1 + _below(of_step, count, jnp.asarray(n_items))
 
 
 def epoch_order(key: Key[Array, ""], epoch: Index, n: int) -> Int32[Array, " n"]:

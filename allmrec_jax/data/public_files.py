@@ -4,15 +4,14 @@ The first has one `user item` pair a line, users by id, each user's items in tim
 name, a pickle without compression: `{"title": {id: text}, "description": {id: text}}`, items without a text left out.
 """
 
-import os
 import pickle
-import uuid
 from pathlib import Path
 
 import numpy as np
 
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
+from allmrec_jax.files import write_atomically
 
 
 def sequence_text(dataset: Dataset) -> str:
@@ -39,13 +38,9 @@ def write_public(dataset: Dataset, folder: Path) -> tuple[Path, Path]:
         if path.exists():
             raise UserError(f"{path} exists already: choose another --out or delete it")
     for path, content in contents.items():
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with write_atomically(path) as file:
+                file.write(content)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
     return tuple(contents)

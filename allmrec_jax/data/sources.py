@@ -18,7 +18,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from allmrec_jax.data.catalogue import KNOWN, Source
 from allmrec_jax.data.download import Corrupt, Unavailable
 from allmrec_jax.data.places import ByHand
 from allmrec_jax.errors import UserError
+from allmrec_jax.files import write_atomically
 from allmrec_jax.progress import Downloads
 
 RECORD = ".complete.json"
@@ -197,12 +197,9 @@ def _install(files: Path, folder: Path, name: str, label: str) -> None:
 
 def _write_record(folder: Path, name: str, label: str, files: list[str]) -> None:
     entries = {file: {"bytes": _size(folder / file), "sha256": net.sha256_of(folder / file)} for file in files}
-    temporary = folder / f"{RECORD}.{uuid.uuid4().hex}"
-    try:
-        temporary.write_text(json.dumps({"version": 1, "source": name, "from": label, "files": entries}, indent=1))
-        os.replace(temporary, folder / RECORD)
-    finally:
-        temporary.unlink(missing_ok=True)
+    record = {"version": 1, "source": name, "from": label, "files": entries}
+    with write_atomically(folder / RECORD) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def _read_record(folder: Path) -> dict | None:

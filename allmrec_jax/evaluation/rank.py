@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from allmrec_jax.data.prompts import Items, PromptBuilder, pack
 from allmrec_jax.errors import UserError
+from allmrec_jax.files import write_atomically
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import progress, say
 from allmrec_jax.training.inject import freeze, make_scorer
@@ -90,8 +90,5 @@ def score_users(
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
+    with write_atomically(path) as file:
         np.save(file, array)
-    os.replace(temporary, path)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from allmrec_jax.evaluation.labels import COMPARED, METRIC_LABELS, SHOWN, clean, hits, model_labels, p_text, signed
 from allmrec_jax.evaluation.metrics import chance
+from allmrec_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,8 @@ def write_metrics(path: str | os.PathLike, scenarios: Mapping[str, Any], **extra
                 if wrong:
                     raise ValueError(f"{scenario}, {model}, {metric}: no finite {', '.join(wrong)} in {figures}")
     text = json.dumps({"scenarios": scenarios, **plain(extra)}, indent=1, allow_nan=False)
-    _write_atomically(path, text + "\n")
+    with write_atomically(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def write_report(
@@ -87,7 +88,8 @@ def write_report(
         warnings=warnings,
         not_applicable=not_applicable or {},
     )
-    _write_atomically(path, page)
+    with write_atomically(path) as file:
+        file.write(page.encode())
 
 
 def metrics_table(
@@ -186,17 +188,6 @@ def plain(value: Any) -> Any:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _write_atomically(path: str | os.PathLike, text: str) -> None:
-    """A reader, or a run that is interrupted here, finds the old file or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _table(title: str | None, first: str, metrics: Sequence[str]) -> Table:

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from allmrec_jax.models import gru4rec, ncf, nextitnet, sasrec, sequential
+from allmrec_jax.models import given, gru4rec, ncf, nextitnet, sasrec, sequential
 
 MODELS: dict[str, tuple[type, ModuleType]] = {
     "sasrec": (sasrec.SASRecConfig, sasrec),
     "gru4rec": (gru4rec.GRU4RecConfig, gru4rec),
     "nextitnet": (nextitnet.NextItNetConfig, nextitnet),
     "ncf": (ncf.NCFConfig, ncf),
+    "given": (given.GivenConfig, given),
 }
 
 

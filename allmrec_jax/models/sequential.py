@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from allmrec_jax.models import losses
+from allmrec_jax.models.losses import Objective
 from allmrec_jax.models.params import Parameter, uniform, xavier_normal
+
+PAPER = Objective()
 
 
 def rows_of(E: Float[Array, "items d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
@@ -70,23 +75,36 @@ def loss_terms(
     c: Any,
     windows: Int[Array, "batch time"],
     positives: Int[Array, "batch time"],
-    negatives: Int[Array, "batch time"],
+    negatives: Int[Array, "batch time ..."] | Int[Array, " shared"] | None,
     dropout_keys: Key[Array, " batch"] | None = None,
     pads: Int[Array, " batch"] | None = None,
-    rows: Sequence[Float[Array, "batch time d"]] | None = None,
+    rows: Sequence[jax.Array] | None = None,
     users: Int[Array, " batch"] | None = None,
+    objective: Objective = PAPER,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over non-padding positions of BCE(score of E_pos, 1) + BCE(score of E_neg, 0), and how many those are.
+    """The sum of the objective's terms over non-padding positions, and how many those are.
 
     Args:
       model: a module of `models.collaborative.MODELS`.
+      negatives: of each position, or shared by all, or None where all items are, as `objective` says.
       rows: E of windows, positives and negatives, if the caller has looked them up (`rows_of`).
     """
     if rows is None:
-        rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives)]
+        rows = [rows_of(params["E"], ids) for ids in (windows, positives, negatives) if ids is not None]
     f = model.features(params, c, windows, dropout_keys, pads, rows[0], users)
     score = getattr(model, "score", dot)
+    positive = score(params, c, f, rows[1])
+    if objective.loss == "bce":
+        of_negatives = jnp.reshape(rows[2], (*windows.shape, -1, c.width))
+        repeated = jnp.broadcast_to(f[:, :, None], of_negatives.shape)
+        terms = losses.binary(positive, score(params, c, repeated, of_negatives), objective.beta(c.n_items))
+    elif objective.all_items:
+        ids = jnp.arange(params["E"].shape[0])[None, None]
+        rival = (ids > 0) & (ids <= c.n_items) & (ids != positives[..., None])
+        terms = losses.softmax(positive, jnp.where(rival, jnp.einsum("btd,id->bti", f, params["E"]), -jnp.inf))
+    else:
+        # Each of the shared items stands for (n - 1) / shared of the items that are not the positive.
+        others = jnp.einsum("btd,sd->bts", f, rows[2]) + math.log(max(1, c.n_items - 1) / objective.negatives)
+        terms = losses.softmax(positive, jnp.where(negatives[None, None] != positives[..., None], others, -jnp.inf))
     real = positives != 0
-    positive, negative = score(params, c, f, rows[1]), score(params, c, f, rows[2])
-    terms = jax.nn.softplus(-positive) + jax.nn.softplus(negative)
     return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

@@ -10,9 +10,7 @@ import copy
 import json
 import logging
 import math
-import os
 import shutil
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from allmrec_jax.errors import UserError
+from allmrec_jax.files import write_atomically
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # damage is reported in our own words
 
@@ -29,16 +28,9 @@ RECORD = "files.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes atomically: a reader finds the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Writes atomically."""
+    with write_atomically(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -35,9 +35,24 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[Any] | 
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"), axis_types=auto)
 
 
-def local_rows(per_device: int) -> jax.Array:
+def local_rows(per_device: int, axes: str | tuple[str, ...] = DATA) -> jax.Array:
     """The global rows of a batch that this device computes; call it inside a mapped function."""
-    return jax.lax.axis_index(DATA) * per_device + jnp.arange(per_device)
+    return jax.lax.axis_index(axes) * per_device + jnp.arange(per_device)
+
+
+def map_over(
+    function: Callable[..., Any], mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """`shard_map` of `function` over `mesh`, under `jit`.
+
+    Args:
+      in_specs: for each argument a `PartitionSpec`, or a tree of them like it.
+    """
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), in_specs, is_leaf=lambda x: isinstance(x, P))
+    jitted = jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
+    # Placed before the first call too, so that the second one does not compile again.
+    return lambda *arguments: jitted(*map(jax.device_put, arguments, placed))
 
 
 def map_over_data(
@@ -64,13 +79,7 @@ def map_over_data(
     if how == "shard_map":
         mesh = Mesh(np.array(devices), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
         specs = tuple(P(DATA) if cut else P() for cut in batched)
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=P(DATA) if batched_outputs else P(), check_vma=False
-        )
-        placed = tuple(NamedSharding(mesh, spec) for spec in specs)
-        jitted = jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
-        # Placed before the first call too, so that the second one does not compile again.
-        return lambda *arguments: jitted(*map(jax.device_put, arguments, placed))
+        return map_over(function, mesh, specs, P(DATA) if batched_outputs else P(), donate)
     if how != "pmap":
         raise UserError(f"--map {how} is unknown; choose shard_map or pmap")
     mapped = jax.pmap(

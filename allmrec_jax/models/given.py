@@ -1,0 +1,72 @@
+"""A model that somebody else has trained: its item table, and what it knows of users, from a file.
+
+    E   (n_items + 1, d) or (n_items, d)   item rows in the order of the data set's ids
+    P   (n_users + 1, d) or (n_users, d)   user representations; may be missing
+    A   (d + 1, d) or (d, d)               x_u of any history = [mean of its E_i ; 1] A; may be missing
+
+Without A it is fitted to P (`models.ncf.fold_in`), and without either x_u is the mean of the history's E_i. The score
+is x_u . E_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from allmrec_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """Sizes of the file's arrays."""
+
+    n_items: int
+    n_users: int
+    width: int
+    maxlen: int = 50
+
+
+def read(path: Path, n_items: int, n_users: int) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` or `.safetensors` file, float32: E and P with a row 0, A (d + 1, d).
+
+    Raises:
+      UserError: if the file cannot be read, or an array is not what it should be.
+    """
+    found = _arrays(path)
+    if "E" not in found:
+        raise UserError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}, but no array E (items, width)")
+    d = found["E"].shape[-1]
+    read = {}
+    for name, count, unit in (("E", n_items, "items"), ("P", n_users, "users"), ("A", d, "rows of A")):
+        if name not in found:
+            continue
+        array = found[name]
+        if not np.issubdtype(array.dtype, np.floating) or array.shape not in ((count, d), (count + 1, d)):
+            raise UserError(
+                f"{path}: {name} is {array.dtype} {array.shape}, but the data set has {count:,} {unit}: "
+                f"({count:,}, {d}) or ({count + 1:,}, {d}) floats"
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
+        array = np.asarray(array, np.float32)
+        if len(array) == count:
+            zero = np.zeros_like(array[:1])
+            array = np.concatenate([array, zero] if name == "A" else [zero, array])
+        read[name] = array
+    return read
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; cf.file names the .npz or .safetensors with E")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as .npz or .safetensors ({error})") from error
