@@ -44,6 +44,8 @@ class CF:
     """Attention heads of SASRec."""
     maxlen: int = 50
     """Number of last items that x_u sees."""
+    crop: bool = False
+    """Train on windows that end anywhere in histories longer than `maxlen`, not on their last items alone (paper)."""
     dropout: float = 0.5
     batch: int = 128
     epochs: int = 200

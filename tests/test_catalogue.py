@@ -65,7 +65,7 @@ def test_no_matrix_of_users_and_items_is_in_memory():
 
 def test_ranks_of_a_models_test_items(tmp_path):
     data, model = tiny.dataset(tmp_path / "d"), tiny.cf_model()
-    found = cf.ranks_of_test_items(model, data, seed=0, batch=7)
+    found = cf.ranks_of_held_out_items(model, data, seed=0, batch=7)
     users = np.flatnonzero(data.has_target("test"))
     E = np.asarray(model.E)
     for row, user in enumerate(users.tolist()):

@@ -120,7 +120,7 @@ def test_the_other_objectives_are_equal(models, objective):
 
     ours, gradients = loss(tree)
     baseline.eval().zero_grad()
-    ids = [torch.tensor(part) for part in (windows, positives)]
+    ids = [torch.tensor(part).long() for part in (windows, positives)]
     if objective.loss == "bce":
         theirs = baseline.gbce(*ids, torch.tensor(each), objective.beta(c.n_items))
     else:

@@ -2,9 +2,11 @@
 
     cf.train       sequences a second of whole training steps (drawing, forward, backward, Adam)
     cf.evaluate    users a second: x_u from the history and the scores of 20 candidates
+    cf.users       sequences a second at 100 times the users, against this number of users
+    cf.items       sequences a second at 1,000,000 items, against 10,000
 
-The baseline is SASRec in PyTorch as its public code runs it: windows of 50 padded, one row after the other drawn in
-Python, a step at a time; evaluation user by user. Same weights, same losses.
+The baseline of the first two is SASRec in PyTorch as its public code runs it: windows of 50 padded, one row after the
+other drawn in Python, a step at a time; evaluation user by user. Same weights, same losses.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import optax
 from rich.console import Console
 
 from allmrec_jax.comparison.bench import Row, interleave, row
-from allmrec_jax.comparison.sampling import draw_row, popular_items, training_arrays
+from allmrec_jax.comparison.sampling import draw_row, owned_items, popular_items, training_arrays
 from allmrec_jax.data import batches
 from allmrec_jax.models import params, sasrec
 from allmrec_jax.training import cf, mesh
@@ -27,32 +29,80 @@ from allmrec_jax.training.state import create
 SEED = 0
 USERS, ITEMS, MEAN_LENGTH = 9930, 6141, 6.44  # the paper's Beauty (Kim et al. 2024, table 2)
 BATCH, CANDIDATES = 128, 20
+TIMES, FEW_ITEMS, MANY_ITEMS, STEPS = 100, 10_000, 1_000_000, 50
 
 
-def _sequences() -> tuple[np.ndarray, np.ndarray]:
+def _sequences(users: int, n_items: int) -> tuple[np.ndarray, np.ndarray]:
     """(flat items, offsets): lengths of at least 4, geometric beyond; items by a power law."""
     rng = np.random.default_rng(SEED)
-    lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), USERS)
+    lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), users)
     offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
-    return popular_items(rng, int(offsets[-1]), ITEMS), offsets
+    return popular_items(rng, int(offsets[-1]), n_items), offsets
 
 
 def bench_cf(repeats: int, console: Console) -> list[Row]:
-    """Both rows. Raises ImportError without PyTorch."""
+    """All rows. Raises ImportError without PyTorch."""
     import torch
 
     from allmrec_jax.torch_baseline.sasrec import SASRec
 
-    items, offsets = _sequences()
+    items, offsets = _sequences(USERS, ITEMS)
     ends = offsets[2:] - 2  # leave-one-out
-    data, owned = training_arrays(items, offsets[1:-1], ends, ITEMS)
+    data, owned = training_arrays(items, offsets[1:-1], ends, ITEMS), owned_items(items, offsets[1:-1], ends)
     c = sasrec.SASRecConfig(ITEMS)
     tree = params.init(jax.random.key(SEED), sasrec.describe(c))
     baseline = SASRec(c)
     weights = params.to_torch(sasrec.describe(c), jax.device_get(tree))
     baseline.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     train = _train(c, tree, data, ends - offsets[1:-1], baseline, items, offsets, ends, owned, repeats, console)
-    return [train, _evaluate(c, tree, baseline, items, offsets, ends, repeats, console)]
+    evaluate = _evaluate(c, tree, baseline, items, offsets, ends, repeats, console)
+    return [
+        train,
+        evaluate,
+        _scale("cf.users", (USERS, ITEMS), (USERS * TIMES, ITEMS), repeats, console),
+        _scale("cf.items", (USERS, FEW_ITEMS), (USERS, MANY_ITEMS), repeats, console),
+    ]
+
+
+def _scale(name: str, small: tuple[int, int], large: tuple[int, int], repeats: int, console: Console) -> Row:
+    """Sequences a second of training steps at the two (users, items); a ratio of 1 is no dearer a sequence."""
+    runs, memory = [], {}
+    for users, n_items in (small, large):
+        items, offsets = _sequences(users, n_items)
+        lengths = np.diff(offsets)[1:] - 3
+        data = training_arrays(items, offsets[1:-1], offsets[2:] - 2, n_items)
+        c, optimiser = sasrec.SASRecConfig(n_items), optax.adam(1e-3, b1=0.9, b2=0.98)
+        tiers = batches.length_tiers(lengths, c.maxlen, BATCH, cf.tier_multiple(BATCH, 1))
+        lazy = n_items > cf.LARGE
+        epoch = cf.make_epoch(c, optimiser, jax.devices()[:1], batch=BATCH, steps=STEPS, tiers=tiers, lazy=lazy)
+        runs.append(_Steps(epoch, cf.initial_state(jax.random.key(SEED), c, optimiser), data, STEPS))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves((data, runs[-1].state)))
+        memory[f"MiB of data, weights and Adam at {users:,} users, {n_items:,} items"] = f"{held / 2**20:,.0f}"
+        runs[-1]()  # compiles
+    seconds = interleave([("small", runs[0]), ("large", runs[1])], repeats, console)
+    return row(
+        name,
+        "sequences/s",
+        1,
+        seconds["large"],
+        seconds["small"],
+        what=f"SASRec's training steps at {large[0]:,} users, {large[1]:,} items against {small[0]:,} users, "
+        f"{small[1]:,} items",
+        beside=memory,
+    )
+
+
+class _Steps:
+    """Runs an epoch of `steps` steps, going on where the last call stopped, and says the seconds a sequence took."""
+
+    def __init__(self, epoch: Any, state: Any, data: Any, steps: int):
+        self.epoch, self.state, self.data, self.steps = epoch, state, data, steps
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        self.state, losses = self.epoch(self.state, self.data, jax.random.key(SEED))
+        jax.block_until_ready(losses)
+        return (time.perf_counter() - start) / (self.steps * BATCH)
 
 
 def _train(c, tree, data, lengths, baseline, items, offsets, ends, owned, repeats, console) -> Row:
@@ -63,15 +113,7 @@ def _train(c, tree, data, lengths, baseline, items, offsets, ends, owned, repeat
     devices = mesh.data_devices(BATCH)
     tiers = batches.length_tiers(lengths - 1, c.maxlen, BATCH, cf.tier_multiple(BATCH, len(devices)))
     epoch = cf.make_epoch(c, optimiser, devices, batch=BATCH, steps=steps, tiers=tiers)
-    state = [create(jax.tree.map(jax.numpy.copy, tree), optimiser)]
-    key = jax.random.key(SEED)
-
-    def ours() -> float:
-        start = time.perf_counter()
-        state[0], losses = epoch(state[0], data, key)
-        jax.block_until_ready(losses)
-        return (time.perf_counter() - start) / (steps * BATCH)
-
+    ours = _Steps(epoch, create(jax.tree.map(jax.numpy.copy, tree), optimiser), data, steps)
     ours()  # compiles
     adam = torch.optim.Adam(baseline.parameters(), lr=1e-3, betas=(0.9, 0.98))
     rng = np.random.default_rng(SEED)

@@ -229,7 +229,7 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
     """`data.batches`: sequences a second of maxlen 50, with one negative a position, drawn as in stage 0."""
     import jax
 
-    from allmrec_jax.comparison.sampling import draw_row, popular_items, training_arrays
+    from allmrec_jax.comparison.sampling import draw_row, owned_items, popular_items, training_arrays
     from allmrec_jax.data import batches
 
     rng = np.random.default_rng(SEED)
@@ -237,7 +237,8 @@ def bench_batches(repeats: int, console: Console, users: int = 20_000, batch: in
     lengths = np.clip(rng.lognormal(2, 0.8, users), 5, 400).astype(int)
     offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
     items = popular_items(rng, int(offsets[-1]), n_items)
-    data, owned = training_arrays(items, offsets[1:-1], offsets[2:], n_items)
+    data = training_arrays(items, offsets[1:-1], offsets[2:], n_items)
+    owned = owned_items(items, offsets[1:-1], offsets[2:])
     key, steps, loop_rows = jax.random.key(SEED), max(1, 65_536 // batch), 2000
 
     @jax.jit

@@ -18,18 +18,25 @@ def popular_items(rng: np.random.Generator, count: int, n_items: int) -> Flat:
     return ((rng.pareto(0.9, count) * n_items / 50).astype(int) % n_items + 1).astype(np.int32)
 
 
-def training_arrays(items: Flat, starts: Offsets, ends: Offsets, n_items: int) -> tuple[dict[str, Any], list[set[int]]]:
-    """What `batches.training_rows` reads, of users 1, 2, ...; and each one's items as a set, user 0 having none."""
-    sets = [np.unique(items[a:b]) for a, b in zip(starts, ends, strict=True)]
-    counts = np.concatenate([[0, 0], np.cumsum([len(s) for s in sets])])
-    data = {
+def training_arrays(items: Flat, starts: Offsets, ends: Offsets, n_items: int) -> dict[str, Any]:
+    """What `batches.training_rows` reads, of users 1, 2, ... whose items stand one user's after the other's."""
+    users, last = len(starts), np.repeat(ends, np.diff(np.append(starts, len(items))))
+    owner = np.repeat(np.arange(users), np.diff(np.append(starts, len(items))))
+    kept = np.arange(len(items)) < last
+    pairs = np.unique(owner[kept] * (n_items + 1) + items[kept])
+    counts = np.bincount(pairs // (n_items + 1), minlength=users)
+    return {
         "items": jnp.asarray(items),
         "start": jnp.asarray(starts, jnp.int32),
         "end": jnp.asarray(ends, jnp.int32),
-        "users": jnp.arange(1, len(starts) + 1),
-        "seen": batches.seen_items(np.concatenate(sets), counts, n_items),
+        "users": jnp.arange(1, users + 1),
+        "seen": batches.seen_items(pairs % (n_items + 1), np.concatenate([[0, 0], np.cumsum(counts)]), n_items),
     }
-    return data, [set(), *(set(s.tolist()) for s in sets)]
+
+
+def owned_items(items: Flat, starts: Offsets, ends: Offsets) -> list[set[int]]:
+    """Each user's items, user 0 having none."""
+    return [set(), *(set(items[a:b].tolist()) for a, b in zip(starts, ends, strict=True))]
 
 
 def draw_row(rng: np.random.Generator, sequence: list[int], owned: set[int], n_items: int, maxlen: int) -> np.ndarray:

@@ -25,7 +25,15 @@ Anywhere = Array | np.ndarray
 Rows, Windows = Int32[Array, " rows"], Int32[Array, "rows length"]
 Index = int | np.integer | Integer[Array, ""]
 
-_USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT, _ITEMS = 1, 2, 3, 4, 5, 6  # what a draw is for, folded into its key
+_USERS, _ORDER, _NEGATIVES, _DISTINCT, _DROPOUT, _ITEMS, _CROP = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+)  # what a draw is for, folded into its key
 
 
 def _row_keys(key: Key[Array, ""], purpose: int, step: Index, rows: Integer[Array, " rows"]):
@@ -64,6 +72,7 @@ def training_rows(
     data: Mapping[str, Any],
     length: int,
     negatives: int = 1,
+    crop: int | None = None,
 ) -> tuple[Rows, Windows, Windows, Int32[Array, "rows length negatives"]]:
     """What stage 0 learns from in a step: users, windows, the positive and the negatives after each item of those.
 
@@ -72,12 +81,19 @@ def training_rows(
     A row's last positions are the same at any length.
 
     Args:
+      crop: where users have more than `crop` + 1 items, the window ends anywhere that leaves `crop` before it; else
+        always at the last item.
       data: `items` (flat), `start` and `end` of the training items of each eligible user in it, `users` (their ids) and
         `seen`.
     """
     chosen = draw_users(key, step, rows, data["start"].shape[0])
-    at = data["end"][chosen][:, None] - length + jnp.arange(length)[None]  # positions of the positives
-    first = data["start"][chosen][:, None]
+    start, end = data["start"][chosen], data["end"][chosen]
+    if crop is not None:
+        spare = jnp.maximum(end - start - 1 - crop, 0)
+        keys = _row_keys(key, _CROP, step, _as_rows(rows))
+        end = end - jax.vmap(lambda row_key, limit: _below(row_key, 1, limit)[0])(keys, spare + 1)
+    at = end[:, None] - length + jnp.arange(length)[None]  # positions of the positives
+    first = start[:, None]
     positives = jnp.where(at > first, data["items"][jnp.maximum(at, 0)], 0)
     windows = jnp.where(at > first, data["items"][jnp.maximum(at - 1, 0)], 0)
     users = data["users"][chosen]

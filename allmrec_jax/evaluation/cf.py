@@ -19,8 +19,10 @@ SEED_STREAM = 5  # folded into the experiment's seed, so that no two stages shar
 CANDIDATES = 20
 
 
-def ranks_of_test_items(model: CFModel, dataset: Dataset, *, seed: int, batch: int = 256) -> dict[str, np.ndarray]:
-    """The rank (0 = first) of each tested user's test item:
+def ranks_of_held_out_items(
+    model: CFModel, dataset: Dataset, *, seed: int, split: str = "test", batch: int = 256
+) -> dict[str, np.ndarray]:
+    """The rank (0 = first) of each user's test (or validation) item:
 
     reference   among 19 items drawn with replacement from those that are not the user's training items, so that the
                 validation item, or the target itself, may be among them (the public code's protocol; it counts a
@@ -28,15 +30,16 @@ def ranks_of_test_items(model: CFModel, dataset: Dataset, *, seed: int, batch: i
     full        among all items; the history is not masked, since people do come back to items
     new         among all items that are not in the history, for targets that are not, either; -1 elsewhere
     """
-    users = np.flatnonzero(dataset.has_target("test"))
+    users = np.flatnonzero(dataset.has_target(split))
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
     drawn = batches.draw_negatives(key, 0, users, users, seen, CANDIDATES - 1)
-    targets = dataset.targets("test")[users]
-    windows = dataset.windows(dataset.history_end("test")[users], model.config.maxlen, users)
+    targets = dataset.targets(split)[users]
+    windows = dataset.windows(dataset.history_end(split)[users], model.config.maxlen, users)
     x_u = model.x_u(windows, users)
     scores = model.scores(x_u, np.concatenate([targets[:, None], np.asarray(drawn)], axis=1))
-    found = {"reference": (scores[:, 1:] > scores[:, :1]).sum(1)}
+    # Nothing (0) was drawn for somebody who has every item.
+    found = {"reference": ((scores[:, 1:] > scores[:, :1]) & (np.asarray(drawn) > 0)).sum(1)}
     if hasattr(collaborative.module_of(model.config), "score"):  # not a product: not streamed
         return found
     longest = int(dataset.lengths.max())
@@ -45,7 +48,7 @@ def ranks_of_test_items(model: CFModel, dataset: Dataset, *, seed: int, batch: i
         # The last batch is filled up with its first user, so that all have one shape.
         rows = np.arange(start, start + batch)
         rows = np.where(rows < len(users), rows, start)
-        history = dataset.windows(dataset.history_end("test")[users[rows]], longest, users[rows])
+        history = dataset.windows(dataset.history_end(split)[users[rows]], longest, users[rows])
         these = jnp.asarray(x_u[rows]), model.E, jnp.asarray(targets[rows])
         full.append(np.asarray(catalogue.ranks(*these, jnp.zeros((batch, 1), jnp.int32))))
         new_items = np.asarray(catalogue.ranks(*these, jnp.asarray(history)))
@@ -54,10 +57,10 @@ def ranks_of_test_items(model: CFModel, dataset: Dataset, *, seed: int, batch: i
     return found | {"full": full, "new": new}
 
 
-def figures(model: CFModel, dataset: Dataset, *, seed: int) -> dict[str, dict[str, Any]]:
-    """`{protocol: {metric: {"value", "low", "high", "n"}}}` of `ranks_of_test_items`, with bootstrap intervals."""
+def figures(model: CFModel, dataset: Dataset, *, seed: int, split: str = "test") -> dict[str, dict[str, Any]]:
+    """`{protocol: {metric: {"value", "low", "high", "n"}}}` of `ranks_of_held_out_items`, with bootstrap intervals."""
     report: dict[str, dict[str, Any]] = {}
-    for protocol, ranks in ranks_of_test_items(model, dataset, seed=seed).items():
+    for protocol, ranks in ranks_of_held_out_items(model, dataset, seed=seed, split=split).items():
         ranks = ranks[ranks >= 0]
         wanted = ("hit@1", "hit@5", "ndcg@5", "mrr") if protocol == "reference" else ("hit@10", "ndcg@10", "mrr")
         if len(ranks):

@@ -6,6 +6,8 @@ A model is a module with
     describe(c)                its parameters, among them the item table `E` (n_items + 1, d)
     features(params, c, windows, dropout_keys, pads, rows, users)
                                features at every position of left-padded windows; the last is x_u
+    last_feature(params, c, windows, pads)
+                               the last of them, if there is a cheaper way to it
     score(params, c, f, rows)  the score of features and rows of E, if it is another than their product
 
 and a line in `MODELS`. Everything else (training, evaluation, both later stages) knows no more of it than that.
@@ -40,8 +42,11 @@ def user_representation(
     params: Any, c: Any, windows: Int[Array, "batch time"], pads: Int[Array, " batch"] | None = None
 ) -> Float[Array, "batch d"]:
     """x_u of a history: the features at the last position of its window."""
+    module = module_of(c)
     with jax.named_scope("x_u"):
-        return module_of(c).features(params, c, windows, None, pads)[:, -1]
+        if hasattr(module, "last_feature"):
+            return module.last_feature(params, c, windows, pads)
+        return module.features(params, c, windows, None, pads)[:, -1]
 
 
 def scores(

@@ -122,6 +122,17 @@ def features(
         whose logit gets + log(pads) stands for them. Dropout on the weights of p pads keeps B ~ Binomial(p, keep) of
         them, so the virtual key's weight is multiplied by B / (p keep).
     """
+    return _features(params, c, windows, dropout_keys, pads, rows, last=False)
+
+
+def last_feature(
+    params: Any, c: SASRecConfig, windows: Int[Array, "batch time"], pads: Int[Array, " batch"] | None = None
+) -> Float[Array, "batch d"]:
+    """`features(...)[:, -1]`, the last block computed there alone."""
+    return _features(params, c, windows, None, pads, None, last=True)[:, -1]
+
+
+def _features(params, c, windows, dropout_keys, pads, rows, *, last: bool) -> jax.Array:
     time = windows.shape[1]
     dropped = dropout_keys is not None and c.dropout > 0
 
@@ -137,7 +148,8 @@ def features(
     x = jnp.where(real, x, 0)
     for block in range(c.blocks):
         w = jax.tree.map(lambda leaf, k=block: leaf[k], params["blocks"])
-        query = layer_norm(x, w["attention_norm"], LAYER_NORM_EPS)
+        wanted = slice(-1 if last and block == c.blocks - 1 else 0, None)  # positions that are asked for
+        query = layer_norm(x[:, wanted], w["attention_norm"], LAYER_NORM_EPS)
         q, k, v = (
             rearrange(
                 jnp.einsum("bti,io->bto", source, w["qkv"]["kernel"][part]) + w["qkv"]["bias"][part][None, None],
@@ -147,7 +159,7 @@ def features(
             for part, source in enumerate((query, x, x))
         )
         logits = jnp.einsum("bnqk,bnsk->bnqs", q, k) / math.sqrt(c.width // c.heads)
-        logits = jnp.where(visible, logits, -jnp.inf)
+        logits = jnp.where(visible[:, :, wanted], logits, -jnp.inf)
         if pads is None:
             weights = drop(jax.nn.softmax(logits, axis=-1), 4 * block + 1)
             attended = jnp.einsum("bnqs,bnsk->bnqk", weights, v)
@@ -166,7 +178,7 @@ def features(
         x = layer_norm(x, w["ffn_norm"], LAYER_NORM_EPS)
         hidden = jax.nn.relu(drop(dense(x, w["conv1"]), 4 * block + 2))
         x = x + drop(dense(hidden, w["conv2"]), 4 * block + 3)
-        x = jnp.where(real, x, 0)
+        x = jnp.where(real[:, wanted], x, 0)
     return layer_norm(x, params["last_norm"], LAYER_NORM_EPS)
 
 

@@ -47,7 +47,7 @@ class CFModel:
     fold_in: np.ndarray | None = None
 
     @property
-    def E(self) -> Float[Array, "items d"]:
+    def E(self) -> Float[Anywhere, "items d"]:
         return self.params["E"]
 
     def x_u(
@@ -62,7 +62,11 @@ class CFModel:
 
         Args:
           users: their ids, where they are known: a model of users (NCF) then gives their rows.
+
+        Raises:
+          UserError: for an item id beyond the table.
         """
+        self._check(windows)
         if hasattr(self.config, "n_users"):  # a model of users
             return self._of_rows(windows, users)
         lengths, maxlen = (windows != 0).sum(1), windows.shape[1]
@@ -80,6 +84,13 @@ class CFModel:
                 out[part] = np.asarray(_represent(self.params, self.config, padded, pads))[: len(part)]
         return out
 
+    def _check(self, items: Anywhere) -> None:
+        least, most = (int(items.min()), int(items.max())) if items.size else (0, 0)
+        if least < 0 or most > self.config.n_items:
+            raise UserError(
+                f"item {most if least >= 0 else least} is not among the model's 1 to {self.config.n_items:,}"
+            )
+
     def _of_rows(self, windows: np.ndarray, users: np.ndarray | None) -> np.ndarray:
         """Users' own rows P_u where there are any; else a linear map of the mean of their items' E_i."""
         out, known = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
@@ -91,7 +102,8 @@ class CFModel:
         return out
 
     def scores(self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"]) -> np.ndarray:
-        """The score of each candidate: x_u . E_i, or the model's own."""
+        """The score of each candidate: x_u . E_i, or the model's own. Raises `UserError` for an id beyond the table."""
+        self._check(candidates)
         return np.asarray(_score(self.params, self.config, x_u, jnp.asarray(candidates)))
 
 
@@ -125,6 +137,7 @@ def make_epoch(
     steps: int,
     objective: Objective = sequential.PAPER,
     l2_emb: float = 0.0,
+    crop: bool = False,
     tiers: tuple[tuple[int, int], ...] = (),
     how: mesh.Mapping = "shard_map",
     lazy: bool = False,
@@ -137,6 +150,7 @@ def make_epoch(
     row), so the number of devices changes nothing but the order of summation.
 
     Args:
+      crop: whether windows of long histories end anywhere (`batches.training_rows`), not always at the last item.
       tiers: `batches.length_tiers`: the rows of a batch, sorted by length, go into windows of these widths, which hold
         all their items; padding costs nothing there. A batch that does not fit is computed at full width. Without
         tiers every batch is.
@@ -150,6 +164,7 @@ def make_epoch(
     check_objective(c, objective, l2_emb=l2_emb, lazy=lazy, shards=shards, how=how)
     per_device, model = batch // len(devices), collaborative.module_of(c)
     axes: Any = (mesh.DATA, table.AXIS) if shards > 1 else mesh.DATA
+    crop_at = c.maxlen if crop else None
     by_rows = lazy or shards > 1  # what goes between devices is rows' gradients, not E's
     most = per_device * c.maxlen * (2 + objective.each) + objective.shared
 
@@ -204,7 +219,9 @@ def make_epoch(
         count = jnp.sum(lengths).astype(jnp.float32)
 
         def group(rows, width, pads):
-            return _Group(rows, *batches.training_rows(key, state.step, rows, data, width, objective.each), pads)
+            return _Group(
+                rows, *batches.training_rows(key, state.step, rows, data, width, objective.each, crop_at), pads
+            )
 
         def at_full_width():
             return gradients_of(state, key, [group(mesh.local_rows(per_device, axes), c.maxlen, None)], count)
@@ -366,7 +383,7 @@ def train_cf(
     """
     if config.model == "given":
         return given_cf(config, dataset, folder), {}
-    c = configure(config, dataset)
+    c, data = configure(config, dataset), training_data(dataset)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
     adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
@@ -383,6 +400,7 @@ def train_cf(
         steps=steps,
         objective=Objective(config.loss, config.negatives, config.calibration),
         l2_emb=config.l2_emb,
+        crop=config.crop,
         lazy=config.table == "lazy" or (config.table == "auto" and dataset.n_items > LARGE),
         shards=shards,
         tiers=batches.length_tiers(lengths, c.maxlen, config.batch, tier_multiple(config.batch, len(devices))),
@@ -390,7 +408,6 @@ def train_cf(
     )
     validate = make_validation(c, dataset, validation_key)
     checkpoints = Checkpoints(folder, best_metric="ndcg@10")
-    data = training_data(dataset)
     try:
         state, curves = loop.run(
             lambda s, _: epoch(s, data, step_key),

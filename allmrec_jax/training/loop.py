@@ -74,6 +74,11 @@ def run(
         if writer is not None:
             writer.add_scalar(name, value, at)
 
+    shown: dict[str, float] = {}
+
+    def notes() -> list[str]:
+        return [f"{name} {value:.4g}" for name, value in shown.items()]
+
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     saved = start
 
@@ -110,7 +115,8 @@ def run(
                 done = i + 1
                 save_now = done % save_every == 0 or done == steps
                 if done % log_every == 0 or save_now:
-                    bar.update(done, [f"{name} {value:.4g}" for name, value in drain().items()])
+                    shown |= drain()
+                    bar.update(done, notes())
                 elif len(pending) > 1:
                     # One step ahead keeps the device busy; more would only hold memory and let the bar run ahead.
                     jax.block_until_ready(pending[-2][1])
@@ -121,6 +127,8 @@ def run(
                         if not math.isfinite(value):
                             raise stop(f"{name} is {value}", f"after {step_name} {done}")
                         record(name, done, value)
+                    shown |= found
+                    bar.update(done, notes())
                     if not all_finite(state):
                         raise stop("the weights are not finite", f"after {step_name} {done}")
                     checkpoints.save(done, state, {"curves": curves}, metrics=found or None)
