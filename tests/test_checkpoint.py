@@ -205,11 +205,19 @@ def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
     before = (folder / "config.json").read_text()
     with pytest.raises(UserError, match=r"made with cf\.width=50, but now it is 64; choose another --workdir"):
         claim_folder(folder, identity(cf={"width": 64, "epochs": 200}))
-    with pytest.raises(UserError, match=r"align\.joint='\(absent\)', but now it is 128"):
-        claim_folder(folder, identity(align={"joint": 128}))
+    with pytest.raises(UserError, match=r"data\.of='\(absent\)', but now it is 128"):
+        claim_folder(folder, identity(data={"name": "ml-100k", "of": 128}))
     with pytest.raises(UserError, match="seed=0, but now it is 1"):
         claim_folder(folder, identity(seed=1))
     assert (folder / "config.json").read_text() == before
+
+
+def test_a_field_younger_than_the_folder_counts_as_its_default(tmp_path):
+    folder, cf = tmp_path / "cf", {"width": 50, "epochs": 200}
+    claim_folder(folder, identity())
+    claim_folder(folder, identity(cf=cf | {"negatives": 1}))
+    with pytest.raises(UserError, match=r"cf\.negatives=1, but now it is 2"):
+        claim_folder(folder, identity(cf=cf | {"negatives": 2}))
 
 
 @pytest.mark.parametrize("content", ['{"seed": ', "[1]", "", "\x00\xff"])

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from allmrec_jax.config import Experiment, as_dict
 from allmrec_jax.errors import UserError
 from allmrec_jax.files import write_atomically
 
@@ -43,6 +44,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Makes `folder` belong to `identity`, or checks that it already does.
 
+    A field of the config that is younger than the folder counts as its default there.
+
     Raises:
       UserError: naming the first differing field, if the folder was made by another config or from other data.
     """
@@ -55,9 +58,9 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
         found = flatten(dict(json.loads(path.read_text())))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged; delete {folder} to train this stage again") from error
-    wanted = flatten(identity)
+    wanted, defaults = flatten(identity), flatten(as_dict(Experiment()))
     for field in sorted(found.keys() | wanted.keys()):
-        old, new = found.get(field, "(absent)"), wanted.get(field, "(absent)")
+        old, new = found.get(field, defaults.get(field, "(absent)")), wanted.get(field, "(absent)")
         if old != new:
             raise UserError(
                 f"{folder} was made with {field}={old!r}, but now it is {new!r}; "
