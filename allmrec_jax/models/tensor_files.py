@@ -1,14 +1,18 @@
-"""The tensors of a folder of `.safetensors` files, each read when asked for."""
+"""The tensors of a folder of weights, `.safetensors` or PyTorch's `.bin`, each read when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from allmrec_jax.errors import UserError
+from allmrec_jax.models import pickled
+
+BIN = "pytorch_model.bin"
 
 
 class SafeTensors(Mapping):
@@ -43,3 +47,96 @@ class SafeTensors(Mapping):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+class PickledTensors(Mapping):
+    """Name -> tensor, over files that `torch.save` wrote, each holding one table of tensors.
+
+    Raises:
+      UserError: if a file is damaged, asks for more than weights need (`pickled.load`), holds something else than a
+        table of tensors, or two hold a tensor of the same name.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self._where: dict[str, pickled.Tensor] = {}
+        for file in files:
+            table = pickled.load(file)
+            if not isinstance(table, dict):
+                raise UserError(f"{file} holds a {type(table).__name__} in place of a table of tensors")
+            for name, tensor in table.items():
+                if not isinstance(tensor, pickled.Tensor) or not isinstance(name, str):
+                    raise UserError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor; is it a checkpoint?")
+                if name in self._where:
+                    raise UserError(f"{file}: the tensor {name!r} is in another file too; keep those of one model only")
+                self._where[name] = tensor
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._where[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class Renamed(Mapping):
+    """The same tensors under other names.
+
+    Raises:
+      UserError: if two get the same name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], rename: Callable[[str], str], source: str):
+        self._tensors, self._names = tensors, {}
+        for name in tensors:
+            if (new := rename(name)) in self._names:
+                raise UserError(
+                    f"{source}: {name!r} and {self._names[new]!r} are the same parameter; keep one model only"
+                )
+            self._names[new] = name
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `tensors(folder)` reads: all `.safetensors`; without any, PyTorch's `.bin`, whole or in parts.
+
+    Raises:
+      UserError: for a damaged index, or a part that is missing.
+    """
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    if (folder / BIN).is_file():
+        return [folder / BIN]
+    index = folder / f"{BIN}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error}); fetch it again") from error
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{index} names {file.name}, which is missing; fetch it too")
+    return files
+
+
+def tensors(folder: Path) -> Mapping[str, np.ndarray]:
+    """The tensors of a Hugging Face folder, by name; see `weight_files` for where they are looked for.
+
+    Raises:
+      UserError: if there are no weights, or they are damaged.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{folder} holds no weights: put model.safetensors or {BIN} there")
+    return SafeTensors(folder) if files[0].suffix == ".safetensors" else PickledTensors(files)
