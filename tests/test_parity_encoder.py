@@ -1,4 +1,7 @@
-"""The sentence encoder gives the embeddings that transformers gives, on random weights and on the real MiniLM."""
+"""The sentence encoders give the embeddings that transformers gives, on random weights and on the real MiniLM."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,50 +14,91 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from parity import assert_trees_close, gradients_of, load, randomised  # noqa: E402
 
-from allmrec_jax.models import text_encoder  # noqa: E402
+from allmrec_jax.models import bert, text_encoder  # noqa: E402
+from allmrec_jax.models.bert import EncoderConfig  # noqa: E402
 from allmrec_jax.torch_baseline.alignment import SentenceEncoder  # noqa: E402
 from allmrec_jax.training.align import encode_items, item_texts  # noqa: E402
 
-
-def _tiny(heads: int, eps: float) -> tuple[text_encoder.EncoderConfig, torch.nn.Module]:
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=heads,
-        max_position_embeddings=16,
-        layer_norm_eps=eps,
-    )
-    ours = text_encoder.EncoderConfig(50, 24, 40, 3, heads, max_position_embeddings=16, layer_norm_eps=eps)
-    return ours, transformers.BertModel(config, add_pooling_layer=False)
+TIME = 16
+PAD = 1  # MPNet in transformers tells padding by this id
 
 
-@pytest.mark.parametrize(("heads", "eps", "normalize"), [(2, 1e-12, False), (4, 1e-3, True)])
-def test_a_random_bert_is_equal_in_value_and_gradient(heads, eps, normalize):
-    c, bert = _tiny(heads, eps)
-    description = text_encoder.describe(c)
-    tree = randomised(jax.random.key(heads), description)
-    theirs = SentenceEncoder(load(bert, description, tree), normalize=normalize).eval()
-    encoder = text_encoder.build(text_encoder.EncoderConfig(**vars(c) | {"normalize": normalize}), tree, None)
+def tiny(architecture: str, heads: int = 2, eps: float = 1e-12, **change) -> EncoderConfig:
+    """Three layers, 24 wide; room for exactly `TIME` tokens."""
+    c = EncoderConfig(50, 24, 40, 3, heads, layer_norm_eps=eps, architecture=architecture, **change)
+    return replace(c, max_position_embeddings=TIME + c.first_position)
+
+
+def in_transformers(c: EncoderConfig) -> torch.nn.Module:
+    """The model that transformers has for it, without dropout."""
+    sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
+    if c.architecture == "distilbert":
+        config = transformers.DistilBertConfig(
+            **sizes,
+            dim=c.hidden_size,
+            hidden_dim=c.intermediate_size,
+            n_layers=c.num_hidden_layers,
+            n_heads=c.num_attention_heads,
+        )
+        return transformers.DistilBertModel(config).eval()
+    kinds = {"bert": ("BertConfig", "BertModel"), "mpnet": ("MPNetConfig", "MPNetModel")}
+    config, model = (getattr(transformers, name) for name in kinds[c.architecture])
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+    return model(config(**sizes, **{name: getattr(c, name) for name in names}), add_pooling_layer=False).eval()
+
+
+class Pooled(torch.nn.Module):
+    """The first state in place of their mean."""
+
+    def __init__(self, transformer, normalize):
+        super().__init__()
+        self.transformer, self.normalize = transformer, normalize
+
+    def forward(self, tokens, mask):
+        Q = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state[:, 0]
+        return torch.nn.functional.normalize(Q, dim=-1) if self.normalize else Q
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Texts of 1 to `TIME` tokens, padded on the right."""
     random = np.random.default_rng(0)
-    lengths = np.array([1, 2, 7, 16, 16])
-    mask = np.arange(16)[None] < lengths[:, None]
-    tokens = (random.integers(1, 50, mask.shape) * mask).astype(np.int32)
-    towards = random.normal(size=(5, 24)).astype(np.float32)
+    mask = np.arange(TIME)[None] < np.array([1, 2, 7, TIME, TIME])[:, None]
+    tokens = np.where(mask, random.integers(2, 50, mask.shape), PAD).astype(np.int32)
+    return SimpleNamespace(tokens=tokens, mask=mask, towards=random.normal(size=(5, 24)).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "heads", "eps", "pooling", "normalize"),
+    [
+        ("bert", 2, 1e-12, "mean", False),
+        ("bert", 4, 1e-3, "cls", True),
+        ("distilbert", 4, 1e-12, "mean", False),
+        ("distilbert", 2, 1e-12, "cls", False),
+        ("mpnet", 4, 1e-5, "mean", True),
+        ("mpnet", 2, 1e-5, "cls", False),
+    ],
+)
+def test_a_random_encoder_is_equal_in_value_and_gradient(batch, architecture, heads, eps, pooling, normalize):
+    c = tiny(architecture, heads, eps, pooling=pooling, normalize=normalize)
+    description = bert.describe(c)
+    tree = randomised(jax.random.key(heads), description)
+    pooled = Pooled if pooling == "cls" else SentenceEncoder
+    theirs = pooled(load(in_transformers(c), description, tree), normalize=normalize).eval()
+    encoder = text_encoder.build(c, tree, None)
 
     @jax.jit
-    @jax.value_and_grad
     def ours(weights):
-        Q = nnx.merge(encoder.graph, weights)(jnp.asarray(tokens), jnp.asarray(mask))
-        return jnp.sum(Q * towards)
+        def value(weights):
+            Q = nnx.merge(encoder.graph, weights)(jnp.asarray(batch.tokens), jnp.asarray(batch.mask))
+            return jnp.sum(Q * batch.towards), Q
 
-    value, gradients = ours(encoder.weights)
-    Q = theirs(torch.tensor(tokens), torch.tensor(mask))
-    np.testing.assert_allclose(
-        jax.jit(nnx.merge(encoder.graph, encoder.weights))(tokens, mask), Q.detach(), rtol=1e-4, atol=1e-5
-    )
-    expected = (Q * torch.tensor(towards)).sum()
+        return jax.value_and_grad(value, has_aux=True)(weights)
+
+    (value, found), gradients = ours(encoder.weights)
+    Q = theirs(torch.tensor(batch.tokens), torch.tensor(batch.mask))
+    np.testing.assert_allclose(found, Q.detach(), rtol=1e-4, atol=1e-5)
+    expected = (Q * torch.tensor(batch.towards)).sum()
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-4)
     gradients, expected = gradients["weights"], gradients_of(theirs.transformer, description)
@@ -63,15 +107,36 @@ def test_a_random_bert_is_equal_in_value_and_gradient(heads, eps, normalize):
     assert_trees_close(gradients, expected, atol=1e-5)
 
 
-def test_a_texts_embedding_does_not_depend_on_its_padding():
-    c, _ = _tiny(2, 1e-12)
-    encoder = text_encoder.build(c, randomised(jax.random.key(0), text_encoder.describe(c)), None)
-    forward = jax.jit(nnx.merge(encoder.graph, encoder.weights))
-    tokens = (
-        np.random.default_rng(0).integers(1, 50, (1, 16)).astype(np.int32)
-    )  # what stands in the padding is not read
-    short = forward(tokens[:, :5], np.ones((1, 5), bool))
-    np.testing.assert_allclose(forward(tokens, np.arange(16)[None] < 5), short, rtol=1e-5, atol=1e-6)
+def test_relative_positions_fall_into_the_buckets_of_mpnet():
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    query, key = torch.arange(512)[:, None], torch.arange(512)[None, :]
+    expected = MPNetEncoder.relative_position_bucket(key - query)
+    np.testing.assert_array_equal(bert.relative_buckets(512), expected)
+
+
+@pytest.mark.parametrize("architecture", bert.ARCHITECTURES)
+def test_dropout_falls_where_transformers_has_it(batch, architecture):
+    """Over many draws Q has the same mean and the same spread; a place too few or too many shows in the latter."""
+    c = tiny(architecture, dropout=0.3, attention_dropout=0.5)
+    description, draws = bert.describe(c), 600
+    tree = randomised(jax.random.key(5), description)
+    module = load(in_transformers(c), description, tree)
+    of_weights = {"bert": "attention.self", "distilbert": "attention", "mpnet": "attention.attn"}[architecture]
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = c.attention_dropout if name.endswith(f"{of_weights}.dropout") else c.dropout
+    tokens, mask = (np.repeat(array[3:4], draws, 0) for array in (batch.tokens, batch.mask))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs = SentenceEncoder(module).train()(torch.tensor(tokens), torch.tensor(mask)).numpy()
+    encoder = text_encoder.build(c, tree, None)
+    keys = jax.random.split(jax.random.key(0), draws)
+    ours = jax.jit(lambda w, t, m, k: nnx.merge(encoder.graph, w)(t, m, k))(encoder.weights, tokens, mask, keys)
+    ours = np.asarray(ours)
+    error = np.sqrt((ours.var(0) + theirs.var(0)) / draws)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) / error).max() < 4.5
+    np.testing.assert_allclose(np.sqrt(ours.var(0).sum()), np.sqrt(theirs.var(0).sum()), rtol=0.05)
 
 
 @pytest.fixture(scope="module")

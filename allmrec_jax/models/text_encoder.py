@@ -1,164 +1,26 @@
-"""The sentence encoder (BERT family) as a Flax NNX module: Q = SBERT(text).
+"""SBERT, the sentence encoder: read from its folder, and its tokenizer. The network itself is `bert.TextEncoder`.
 
-Post-norm blocks with exact GELU; the sentence embedding is the mean of the last hidden states over the attention mask,
-L2-normalised if the model's own `modules.json` says so.
+A folder of sentence-transformers says in `modules.json` (and in the files that it names) how token states become an
+embedding: which pooling, whether normalised, at how many tokens texts are cut, whether they are lower-cased first.
+A plain Hugging Face folder says nothing of the kind: there it is the mean over the mask, not normalised.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Int
 
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import params
-from allmrec_jax.models.params import Parameter, constant, normal
-from allmrec_jax.models.tensor_files import SafeTensors
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes by the names of `config.json`; `normalize` and `max_seq_length` as in the sentence-transformers files."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    dropout: float = 0.1
-    normalize: bool = False
-    max_seq_length: int = 256
-
-
-def describe(c: EncoderConfig) -> dict[str, Any]:
-    """Every parameter, layers stacked on axis 0."""
-    L, h, f, n = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads
-    k, init = h // n, normal(0.02)
-    layer = "encoder.layer.{layer}"
-
-    def norm(name: str, stacked: bool = True) -> dict[str, Parameter]:
-        shape, axes = ((L, h), ("layer", "embed")) if stacked else ((h,), ("embed",))
-        return {
-            "scale": Parameter(shape, axes, constant(1.0), f"{name}.weight"),
-            "bias": Parameter(shape, axes, constant(0.0), f"{name}.bias"),
-        }
-
-    def heads(name: str) -> dict[str, Parameter]:
-        sizes = {"n": n}
-        return {
-            "kernel": Parameter(
-                (L, h, n, k), ("layer", "embed", "heads", None), init, f"{name}.weight", "(n k) h -> h n k", sizes
-            ),
-            "bias": Parameter(
-                (L, n, k), ("layer", "heads", None), constant(0.0), f"{name}.bias", "(n k) -> n k", sizes
-            ),
-        }
-
-    def dense(name: str, i: int, o: int, axes: tuple[str, str]) -> dict[str, Parameter]:
-        return {
-            "kernel": Parameter((L, i, o), ("layer", *axes), init, f"{name}.weight", "o i -> i o"),
-            "bias": Parameter((L, o), ("layer", axes[1]), constant(0.0), f"{name}.bias"),
-        }
-
-    return {
-        "embeddings": {
-            "word": Parameter((c.vocab_size, h), ("vocab", "embed"), init, "embeddings.word_embeddings.weight"),
-            "position": Parameter(
-                (c.max_position_embeddings, h), (None, "embed"), init, "embeddings.position_embeddings.weight"
-            ),
-            "type": Parameter((c.type_vocab_size, h), (None, "embed"), init, "embeddings.token_type_embeddings.weight"),
-            "norm": norm("embeddings.LayerNorm", stacked=False),
-        },
-        "layers": {
-            "q": heads(f"{layer}.attention.self.query"),
-            "k": heads(f"{layer}.attention.self.key"),
-            "v": heads(f"{layer}.attention.self.value"),
-            "o": {
-                "kernel": Parameter(
-                    (L, n, k, h),
-                    ("layer", "heads", None, "embed"),
-                    init,
-                    f"{layer}.attention.output.dense.weight",
-                    "h (n k) -> n k h",
-                    {"n": n},
-                ),
-                "bias": Parameter((L, h), ("layer", "embed"), constant(0.0), f"{layer}.attention.output.dense.bias"),
-            },
-            "attention_norm": norm(f"{layer}.attention.output.LayerNorm"),
-            "up": dense(f"{layer}.intermediate.dense", h, f, ("embed", "mlp")),
-            "down": dense(f"{layer}.output.dense", f, h, ("mlp", "embed")),
-            "mlp_norm": norm(f"{layer}.output.LayerNorm"),
-        },
-    }
-
-
-def _norm(x: jax.Array, w: dict[str, jax.Array], eps: float) -> jax.Array:
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x * w["scale"][None, None] + w["bias"][None, None]
-
-
-class TextEncoder(nnx.Module):
-    """Token ids to sentence embeddings."""
-
-    def __init__(self, config: EncoderConfig, key: jax.Array, dtype: Any = jnp.float32):
-        self.config = config
-        self.weights = nnx.data(jax.tree.map(nnx.Param, params.init(key, describe(config), dtype)))
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch time"],
-        mask: Bool[Array, "batch time"],
-        dropout_keys: Key[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch h"]:
-        """Q for each text; `dropout_keys` (one a row) switch the encoder's own dropout on."""
-        c, weights = self.config, nnx.as_pure(self.weights)
-        dropped = dropout_keys is not None and c.dropout > 0
-
-        def drop(x: jax.Array, site: jax.Array | int) -> jax.Array:
-            if not dropped:
-                return x
-            keep = jax.vmap(
-                lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - c.dropout, x.shape[1:])
-            )(dropout_keys)
-            return jnp.where(keep, x / (1 - c.dropout), 0)
-
-        e = weights["embeddings"]
-        x = jnp.take(e["word"], tokens, axis=0) + (e["position"][: tokens.shape[1]] + e["type"][:1])[None]
-        x = drop(_norm(x, e["norm"], c.layer_norm_eps), 0)
-        scale = 1 / math.sqrt(c.hidden_size // c.num_attention_heads)
-
-        def block(x: jax.Array, layer: tuple[dict[str, Any], jax.Array]) -> tuple[jax.Array, None]:
-            w, site = layer
-            q, k, v = (
-                jnp.einsum("bth,hnk->btnk", x, w[name]["kernel"]) + w[name]["bias"][None, None] for name in "qkv"
-            )
-            logits = jnp.einsum("btnk,bsnk->bnts", q, k) * scale
-            logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(logits.dtype).min)
-            attended = jnp.einsum("bnts,bsnk->btnk", drop(jax.nn.softmax(logits, axis=-1), 3 * site + 1), v)
-            y = jnp.einsum("btnk,nkh->bth", attended, w["o"]["kernel"]) + w["o"]["bias"][None, None]
-            x = _norm(x + drop(y, 3 * site + 2), w["attention_norm"], c.layer_norm_eps)
-            y = jnp.einsum("bth,hf->btf", x, w["up"]["kernel"]) + w["up"]["bias"][None, None]
-            y = jnp.einsum("btf,fh->bth", jax.nn.gelu(y, approximate=False), w["down"]["kernel"])
-            y = drop(y + w["down"]["bias"][None, None], 3 * site + 3)
-            return _norm(x + y, w["mlp_norm"], c.layer_norm_eps), None
-
-        with jax.named_scope("text_encoder"):
-            x, _ = jax.lax.scan(block, x, (weights["layers"], jnp.arange(c.num_hidden_layers)))
-        weight = mask.astype(x.dtype)[..., None]
-        Q = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
-        return Q / jnp.maximum(jnp.linalg.norm(Q, axis=-1, keepdims=True), 1e-12) if c.normalize else Q
+from allmrec_jax.models.bert import ARCHITECTURES, EncoderConfig, TextEncoder, describe
+from allmrec_jax.models.tensor_files import Renamed, tensors
 
 
 @dataclass(frozen=True)
@@ -172,81 +34,217 @@ class LoadedEncoder:
 
 
 def build(config: EncoderConfig, weights: Any, backend: Any) -> LoadedEncoder:
-    """The module built abstractly around the given weights."""
+    """The module built abstractly around the given weights.
+
+    Raises:
+      UserError: if they are those of an encoder of another size.
+    """
+    check_fits(config, weights)
     graph, _ = nnx.split(nnx.eval_shape(lambda: TextEncoder(config, jax.random.key(0))))
     return LoadedEncoder(graph, {"weights": weights}, config, backend)
 
 
-CONFIG_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+def check_fits(config: EncoderConfig, weights: Any, source: str = "the checkpoint") -> None:
+    """That a tree of weights (or of their shapes) is one of this encoder.
+
+    Raises:
+      UserError: naming the width, or else the first parameter that differs.
+    """
+    wanted = {path: parameter.shape for path, parameter in params.paths(describe(config))}
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
+    }
+    advice = "name the sentence encoder that it was made with (align.encoder), or train stage 1 again"
+    width = found.get("embeddings/norm/scale", (config.hidden_size,))[0]
+    if width != config.hidden_size:
+        raise UserError(f"{source} holds an encoder {width} wide, but this one is {config.hidden_size} wide; {advice}")
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            raise UserError(
+                f"{source} holds another encoder: {path} is {found.get(path, 'missing')} there and "
+                f"{wanted.get(path, 'missing')} in this {config.architecture}; {advice}"
+            )
+
+
+# Our field -> its key in config.json. An optional one may be absent.
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
 )
+_KEYS: dict[str, dict[str, str]] = {
+    "bert": {name: name for name in (*_SIZES, "type_vocab_size", "layer_norm_eps")},
+    "mpnet": {name: name for name in (*_SIZES, "layer_norm_eps")},
+    "distilbert": dict(
+        zip(_SIZES, ("vocab_size", "dim", "hidden_dim", "n_layers", "n_heads", "max_position_embeddings"), strict=True)
+    ),
+}
+_DROPOUTS = {
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "mpnet": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "distilbert": ("dropout", "attention_dropout"),
+}
+# What the config must say if it says anything: the key, and the only value known here.
+_FIXED = {
+    "hidden_act": "gelu",
+    "activation": "gelu",
+    "position_embedding_type": "absolute",
+    "relative_attention_num_buckets": 32,
+    "is_decoder": False,
+}
+# Parts of larger models around the encoder, by the first part of their names.
+_HEADS = ("pooler", "cls", "lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector", "qa_outputs")
+_WRAPPERS = ("0.", "auto_model.", "model.", *(f"{name}." for name in ARCHITECTURES))
 
 
 def load_encoder(folder: Path) -> LoadedEncoder:
-    """Reads a sentence-transformers folder (safetensors).
+    """Reads the folder of a sentence encoder: of sentence-transformers, or (mean pooling) of Hugging Face alone.
+
+    Weights are `.safetensors`, or else PyTorch's `pytorch_model.bin`, which is read without running anything in it.
 
     Raises:
-      UserError: for a missing file, an unknown architecture or pooling, or tensors that do not fit.
+      UserError: for a missing file, an unknown architecture, pooling or module, or tensors that do not fit.
     """
-    from tokenizers import Tokenizer
-
     folder = Path(folder)
-
-    def read(name: str, default: Any = None) -> Any:
-        path = folder / name
-        if path.is_file():
-            return json.loads(path.read_text())
-        if default is None:
-            raise UserError(f"{path} is missing; {folder} is not a complete sentence encoder")
-        return default
-
-    raw = read("config.json")
-    if raw.get("model_type") != "bert":
-        raise UserError(f"{folder}: encoder type {raw.get('model_type')!r} is not supported (known: bert)")
-    if not read("1_Pooling/config.json", {"pooling_mode_mean_tokens": True}).get("pooling_mode_mean_tokens"):
-        raise UserError(f"{folder}: only mean pooling is supported")
-    modules = read("modules.json", [{"type": "Transformer"}])
-    limit = read("sentence_bert_config.json", {"max_seq_length": None}).get("max_seq_length") or 512
-    missing = [name for name in CONFIG_KEYS if name not in raw]
-    if missing:
-        raise UserError(f"{folder / 'config.json'} has no {missing[0]!r}; is it the config of a BERT encoder?")
-    config = EncoderConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=raw["num_attention_heads"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        type_vocab_size=raw["type_vocab_size"],
-        layer_norm_eps=raw["layer_norm_eps"],
-        dropout=raw["hidden_dropout_prob"],
-        normalize=any("Normalize" in module["type"] for module in modules),
-        max_seq_length=min(limit, raw["max_position_embeddings"], 512),
-    )
+    try:
+        inner, how = _modules(folder)
+        raw = _read(inner / "config.json")
+        config = replace(_config(raw, inner), **how)
+        config = replace(config, max_seq_length=_limit(inner, config))
+        backend = _tokenizer(inner, config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder}: the encoder's settings are damaged ({error!r}); fetch them again") from error
     weights = params.from_torch(
         describe(config),
-        SafeTensors(folder),
-        ignore=lambda name: name.startswith("pooler.") or name.endswith("position_ids"),
-        source=str(folder),
+        Renamed(tensors(inner), _plain_name, str(inner)),
+        ignore=lambda name: name.split(".")[0] in _HEADS or name.endswith("position_ids"),
+        source=str(inner),
     )
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return build(config, weights, backend)
+
+
+def _read(path: Path, default: Any = None) -> Any:
+    if not path.is_file():
+        if default is None:
+            raise UserError(f"{path} is missing; {path.parent} is not a complete sentence encoder")
+        return default
+    return json.loads(path.read_text())
+
+
+def _modules(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the transformer itself, and the fields of the config that the other modules decide."""
+    modules = _read(folder / "modules.json", [])
+    if not modules:
+        return folder, {}
+    paths = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
+    if list(paths) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+        raise UserError(
+            f"{folder}: the encoder is made of {', '.join(kinds)} (known: Transformer, Pooling, and Normalize "
+            "or not); choose another encoder"
+        )
+    pooling = _read(folder / (paths["Pooling"] or "1_Pooling") / "config.json")
+    named = pooling.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else list(named or [])
+    modes += [key.removeprefix("pooling_mode_") for key, on in pooling.items() if key[:13] == "pooling_mode_" and on]
+    known = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise UserError(f"{folder}: pooling by {' and '.join(map(str, modes)) or 'nothing'} (known: mean, cls)")
+    prompts = _read(folder / "config_sentence_transformers.json", {})
+    if name := prompts.get("default_prompt_name"):
+        raise UserError(f"{folder}: puts the prompt {name!r} before every text, which is not supported; set it to null")
+    return folder / paths["Transformer"], {"pooling": known[modes[0]], "normalize": "Normalize" in paths}
+
+
+def _config(raw: dict[str, Any], folder: Path) -> EncoderConfig:
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{folder}: encoder type {kind!r} is not supported (known: {', '.join(ARCHITECTURES)})")
+    path = folder / "config.json"
+    missing = [key for key in _KEYS[kind].values() if key not in raw]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]!r}; is it the config of a {kind} encoder?")
+    for key, value in _FIXED.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {raw[key]!r}, but only {value!r} is supported; choose another encoder")
+    dropout, attention_dropout = (raw.get(key, 0.1) for key in _DROPOUTS[kind])
+    fields = {field: raw[key] for field, key in _KEYS[kind].items()}
+    if fields["hidden_size"] % fields["num_attention_heads"]:
+        raise UserError(f"{path}: {fields['hidden_size']} is no multiple of {fields['num_attention_heads']} heads")
+    return EncoderConfig(**fields, architecture=kind, dropout=dropout, attention_dropout=attention_dropout)
+
+
+def _limit(folder: Path, config: EncoderConfig) -> int:
+    """Tokens at which a text is cut, [CLS] and [SEP] counted: what the files say, or as many as there are positions."""
+    said = [_read(path).get("max_seq_length") for path in sorted(folder.glob("sentence_*_config.json"))]
+    said = said or [None]
+    return min(said[0] or _read(folder / "tokenizer_config.json", {}).get("model_max_length", 512), config.longest, 512)
+
+
+def _plain_name(name: str) -> str:
+    """The name within the bare encoder, whatever was wrapped around it, in the spelling of today."""
+    while wrapper := next((w for w in _WRAPPERS if name.startswith(w)), None):
+        name = name.removeprefix(wrapper)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _tokenizer(folder: Path, config: EncoderConfig) -> Any:
+    """`tokenizer.json`, or WordPiece over `vocab.txt`."""
+    from tokenizers import Tokenizer, normalizers
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+    elif (folder / "vocab.txt").is_file():
+        backend = _word_pieces(folder, config.architecture)
+    else:
+        raise UserError(f"{folder} has no tokenizer.json (nor vocab.txt); put the encoder's tokenizer file there")
+    if backend.get_vocab_size() > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer knows {backend.get_vocab_size()} tokens, but the encoder {config.vocab_size}; "
+            "they are not of one model"
+        )
+    if any(_read(path).get("do_lower_case") for path in folder.glob("sentence_*_config.json")):
+        lower = normalizers.Lowercase()
+        backend.normalizer = normalizers.Sequence([lower, backend.normalizer] if backend.normalizer else [lower])
     backend.no_padding()
     backend.no_truncation()
-    return build(config, weights, backend)
+    return backend
+
+
+def _word_pieces(folder: Path, architecture: str) -> Any:
+    """BERT's tokenizer from its list of words, as the older folders have it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    raw = _read(folder / "tokenizer_config.json", {})
+    first, last = ("<s>", "</s>") if architecture == "mpnet" else ("[CLS]", "[SEP]")
+    model = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=raw.get("tokenize_chinese_chars", True),
+        strip_accents=raw.get("strip_accents"),
+        lowercase=raw.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    marks = [(token, backend.token_to_id(token)) for token in (first, last)]
+    for token, index in marks:
+        if index is None:
+            raise UserError(f"{folder / 'vocab.txt'} has no {token}; is it the vocabulary of a {architecture} encoder?")
+    backend.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=marks)
+    return backend
 
 
 def tokenize(
     backend: Any, texts: list[str], max_seq_length: int
 ) -> tuple[Int[np.ndarray, "texts longest"], Int[np.ndarray, " texts"]]:
-    """Ids (texts, longest) int32 padded with 0, and lengths, of the stripped texts with [CLS] and [SEP]."""
+    """Ids (texts, longest) int32 padded with 0, and lengths, of the stripped texts with [CLS] and [SEP].
+
+    A longer text is cut at `max_seq_length`, its [SEP] kept; an empty one is [CLS] [SEP].
+    """
     backend.enable_truncation(max_seq_length)
     ids = [encoding.ids for encoding in backend.encode_batch([text.strip() for text in texts])]
     backend.no_truncation()
