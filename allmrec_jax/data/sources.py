@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from allmrec_jax.data import download as net
-from allmrec_jax.data.catalogue import KNOWN, Source
+from allmrec_jax.data.catalogue import KNOWN, Source, on_the_hub
 from allmrec_jax.data.download import Corrupt, Unavailable
 from allmrec_jax.data.places import ByHand
 from allmrec_jax.errors import UserError
@@ -48,6 +49,15 @@ def known(name: str) -> Source:
     raise UserError(f"there is no source called {name!r}: {hint}known are {', '.join(KNOWN)}")
 
 
+def weights_named(name: str) -> Source:
+    """The source of that name, or of that repository of the Hugging Face hub (`owner/name`), known or not.
+
+    Raises:
+      UserError: if it is neither, listing the known ones.
+    """
+    return on_the_hub(name) if name not in KNOWN and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else known(name)
+
+
 def is_cached(name: str, *, cache: Path | None = None) -> bool:
     """Whether the cache holds the source, by sizes only (quick; `fetch` checks the contents too)."""
     folder = (cache or cache_dir()) / known(name).name
@@ -59,22 +69,22 @@ def fetch(name: str, *, cache: Path | None = None, console=None) -> Path:
     """A folder with the files of a named source, from the first place that works. See the module's docstring.
 
     Args:
-      name: one of `KNOWN`.
+      name: one of `KNOWN`, or weights as a repository of the Hugging Face hub, `owner/name`.
       cache: folder to keep it in; default `cache_dir()`.
       console: a `rich.console.Console` for the progress bar and the one line that says where it came from.
     Raises:
       UserError: unknown name, no place works, or the cache cannot be written.
     """
-    source = known(name)
+    source = weights_named(name)
     cache = Path(cache) if cache is not None else cache_dir()
-    folder = cache / name
+    folder = cache / source.name
     if console is None:
         from rich.console import Console
 
         console = Console(stderr=True)
     say = _sayer(console, name)
 
-    failures = []
+    failures = [] if source.name in KNOWN else ["there is no such folder here"]
     try:
         damage = _damage(folder)
         if damage is None:
