@@ -173,6 +173,16 @@ def test_the_bin_and_the_safetensors_of_one_model_are_equal(tmp_path, architectu
         np.testing.assert_array_equal(encode(encoder, TEXTS), encode(again, TEXTS))
 
 
+def test_a_work_directory_knows_the_bin_that_it_was_made_with(tmp_path):
+    from allmrec_jax import pipeline
+
+    write(tmp_path, inner="0_Transformer/")
+    (tmp_path / "0_Transformer" / "pytorch_model.bin").write_bytes(b"12345")
+    assert list(pipeline._files(tmp_path / "0_Transformer")) == ["model.safetensors"]
+    (tmp_path / "0_Transformer" / "model.safetensors").unlink()
+    assert pipeline._files(tmp_path) == {"pytorch_model.bin": 5}
+
+
 @pytest.mark.parametrize("architecture", bert.ARCHITECTURES)
 def test_a_file_that_transformers_saved_with_its_pooler_and_task(tmp_path, architecture):
     """Names with the model's prefix, LayerNorm's old names, a head, position ids; half precision."""
