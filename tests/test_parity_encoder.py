@@ -115,12 +115,13 @@ def test_relative_positions_fall_into_the_buckets_of_mpnet():
     np.testing.assert_array_equal(bert.relative_buckets(512), expected)
 
 
+@pytest.mark.parametrize("rates", [(0.5, 0.0), (0.0, 0.5)], ids=["hidden", "attention"])
 @pytest.mark.parametrize("architecture", bert.ARCHITECTURES)
-def test_dropout_falls_where_transformers_has_it(batch, architecture):
+def test_dropout_falls_where_transformers_has_it(batch, architecture, rates):
     """Over many draws Q has the same mean and the same spread; a place too few or too many shows in the latter."""
-    c = tiny(architecture, dropout=0.3, attention_dropout=0.5)
+    c = tiny(architecture, dropout=rates[0], attention_dropout=rates[1])
     description, draws = bert.describe(c), 600
-    tree = randomised(jax.random.key(5), description)
+    tree = randomised(jax.random.key(5), description, spread=0.4)  # attention's part of the sum must count
     module = load(in_transformers(c), description, tree)
     of_weights = {"bert": "attention.self", "distilbert": "attention", "mpnet": "attention.attn"}[architecture]
     for name, part in module.named_modules():
