@@ -89,11 +89,12 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench = command(
         "bench",
         "Measure speed against a baseline, interleaved in one run.",
+        "\n  align  stage 1 against PyTorch: the encoder trained and frozen (needs the extra torch)"
         "\n  cf     stage 0 against PyTorch: training and evaluation (needs the extra torch)"
         "\n  data   raw files to a prepared data set, and batches"
         "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
     )
-    bench.add_argument("what", nargs="*", metavar="cf|data", help="what to measure (default: everything)")
+    bench.add_argument("what", nargs="*", metavar="align|cf|data", help="what to measure (default: everything)")
     bench.add_argument(
         "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
     )
@@ -175,7 +176,7 @@ def prepare(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-BENCHES = ("cf", "data")
+BENCHES = ("align", "cf", "data")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -191,9 +192,14 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise UserError(f"--json {arguments.json}: there is no such folder")
     console = Console()
     wanted, rows = set(arguments.what or BENCHES), []
-    if "cf" in wanted:
+    for name in [name for name in ("align", "cf") if name in wanted]:
         if importlib.util.find_spec("torch") is None:
-            raise UserError("bench cf compares with PyTorch, which is not installed: `make env` brings it")
+            raise UserError(f"bench {name} compares with PyTorch, which is not installed: `make env` brings it")
+    if "align" in wanted:
+        from allmrec_jax.comparison.bench_align import bench_align
+
+        rows += bench_align(arguments.repeats, console)
+    if "cf" in wanted:
         from allmrec_jax.comparison.bench_cf import bench_cf
 
         rows += bench_cf(arguments.repeats, console)

@@ -80,23 +80,59 @@ class Alignment:
     alpha: float = 0.5
     """Factor of L_item."""
     beta: float = 0.5
-    """Factor of L_text; the paper uses 0.5 for Movies and Games, 0.2 for Beauty and Toys."""
+    """Factor of L_text; the paper uses 0.5 for Movies and Games and 0.2 for Beauty and Toys, the public code 0.2."""
+    score: Literal["dot", "mean"] = "dot"
+    """s of L_rec: the sum of the d products of x_u and E' (paper), or their mean (public code)."""
+    items: Literal["positive", "both"] = "positive"
+    """What enters L_match, L_item and L_text: the user's next item (paper), or that and the random negative, two means
+    added (public code)."""
     match: bool = True
     """Ablation switch of L_match."""
     recommendation: bool = True
+    reconstruction: bool = True
+    """Ablation switch of L_item and L_text: without it alpha and beta are 0."""
     """Ablation switch of L_rec."""
     train_encoder: bool = True
-    """With False the sentence encoder stays as it is."""
+    """With False the sentence encoder stays as it is: every text is encoded once, before training."""
+    cf_dropout: bool = False
+    """Make x_u anew at each step with the CF model's dropout, as the public code does, which never turns it off."""
+    encoder_dropout: bool = True
+    """The sentence encoder's own dropout, while it is trained."""
     text: str = "Title: {title}, Description: {description}"
     batch: int = 32
+    """Of an item; the public code's is '"{title}, {description}"' with the quote marks."""
+    single_items: bool = False
+    """Keep users with a single training item, as the public code does: x_u of an empty history, item 0 as target and
+    as negative, whose text is `No Title`, `No Description`."""
+    order: Literal["shuffled", "file"] = "shuffled"
+    """Of the users: shuffled anew in each epoch, or as in the data (public code)."""
+    chunk: int | None = None
+    """Users of an optimiser step, where a batch has more; the gradients of a batch's earlier chunks stay in those of
+    the later ones. The public code has 60; None is one step a batch."""
     epochs: int = 10
     learning_rate: float = 1e-4
     """Of f_I and f_T."""
     encoder_learning_rate: float | None = None
     """Of the sentence encoder; None is the same (paper)."""
     save_every: int = 5
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the sentence encoder's products; auto is float32 on CPU, else bfloat16. Its weights are kept in float32."""
     """Epochs between checkpoints."""
 
+
+    def as_public_code(self) -> Alignment:
+        """The same with every field that the public code decides otherwise than the paper."""
+        return dataclasses.replace(
+            self,
+            beta=0.2,
+            score="mean",
+            items="both",
+            cf_dropout=True,
+            text='"{title}, {description}"',
+            single_items=True,
+            order="file",
+            chunk=60,
+        )
 
 @dataclass(frozen=True)
 class Injection:
@@ -292,6 +328,7 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
         ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
+        ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
     ]
     return rules
 

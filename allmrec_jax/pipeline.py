@@ -149,8 +149,7 @@ class Pipeline:
     @property
     def llm_dtype(self) -> str:
         """Of the frozen weights: `auto` is float32 on CPU, else bfloat16."""
-        dtype = self.experiment.llm.dtype
-        return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return mesh.precision(self.experiment.llm.dtype)
 
     @functools.cached_property
     def _align(self) -> tuple[Aligned, Curves]:
@@ -220,3 +219,8 @@ def train(pipeline: Pipeline, stage: str) -> None:
         found = figures(pipeline.cf, pipeline.dataset, seed=pipeline.experiment.seed)
         write_json(pipeline.workdir / "cf" / "metrics.json", found)
         pipeline.console.print(table(found))
+    elif stage == "align":
+        from allmrec_jax.evaluation.alignment import report
+
+        folder, seed = pipeline.workdir / "align", pipeline.experiment.seed
+        report(pipeline.aligned, pipeline.dataset, folder, seed=seed, console=pipeline.console)

@@ -43,7 +43,7 @@ def test_the_generated_file_is_seeded_and_has_what_real_ones_have(tmp_path):
 
 def test_mistakes_are_answered_in_a_line(capsys):
     assert main(["bench", "nothing"]) == 1
-    assert "there is no benchmark 'nothing': choose among cf, data" in capsys.readouterr().err
+    assert "there is no benchmark 'nothing': choose among align, cf, data" in capsys.readouterr().err
     assert main(["bench", "--rows", "5"]) == 1
     assert "--rows must be at least 1000" in capsys.readouterr().err
 
@@ -60,3 +60,22 @@ def test_bench_cf_trains_and_scores_on_both_sides(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in rows] == ["cf.train", "cf.evaluate", "cf.users", "cf.items"]
     assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
+
+
+def test_bench_align_trains_both_sides_on_the_same_losses(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    from allmrec_jax.comparison import bench_align
+    from allmrec_jax.data import text_groups
+    from allmrec_jax.models.text_encoder import EncoderConfig
+
+    small = EncoderConfig(300, 16, 32, 1, 2, dropout=0.0)
+    sizes = {"USERS": 70, "ITEMS": 50, "MEDIAN": 20, "STEPS": 1, "TEXTS": 20, "ENCODER": small}
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench_align, name, value)
+    monkeypatch.setattr(text_groups, "MOST_SHAPES", 3)
+    assert main(["bench", "align", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in rows] == ["align.trained", "align.paper", "align.frozen"]
+    assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
+    beside = rows[0]["beside"]
+    assert beside["loss of the first step"] == pytest.approx(beside["its loss of the first step"], rel=1e-4)

@@ -9,10 +9,11 @@ import optax
 import pytest
 import tiny
 
+from allmrec_jax.data import text_groups
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import alignment, params, sasrec
 from allmrec_jax.models.losses import Objective
-from allmrec_jax.training import align, cf, mesh
+from allmrec_jax.training import align_step, cf, mesh
 from allmrec_jax.training.state import create
 
 TIERS = ((8, 8), (10, 8))
@@ -125,8 +126,8 @@ def test_lazy_adam_moves_the_rows_looked_up_alone(epoch):
 
 
 @pytest.fixture(scope="module")
-def align_step():
-    """`align_step(how, devices)`: the state and losses after a step of stage 1, the last three rows not real."""
+def align_step_of():
+    """`align_step_of(how, devices)`: the state and losses after a step of stage 1, the last three rows not real."""
     encoder, model = tiny.encoder(), tiny.cf_model()
     trained = {
         "f_I": params.init(jax.random.key(0), alignment.describe(model.config.width, 6)),
@@ -135,41 +136,52 @@ def align_step():
     }
     optimiser = optax.sgd(0.1)
     random = np.random.default_rng(0)
-    lengths = random.integers(3, 17, 16)
+    n, lengths = tiny.N_ITEMS + 1, random.integers(3, 17, tiny.N_ITEMS + 1)
+    data = {
+        "tokens": random.integers(2, 280, (n, 16)).astype(np.int32),
+        "lengths": lengths,
+        "x_u": random.normal(size=(20, model.config.width)).astype(np.float32),
+        "E": model.E,
+    }
     batch = {
-        "tokens": random.integers(2, 280, (16, 16)).astype(np.int32),
-        "mask": np.arange(16)[None] < lengths[:, None],
-        "x_u": random.normal(size=(16, model.config.width)).astype(np.float32),
-        "positive": random.integers(1, tiny.N_ITEMS + 1, 16).astype(np.int32),
-        "negative": random.integers(1, tiny.N_ITEMS + 1, 16).astype(np.int32),
+        "who": np.arange(16),
+        "positive": random.integers(1, n, 16).astype(np.int32),
+        "negative": random.integers(1, n, 16).astype(np.int32),
         "real": np.arange(16) < 13,
     }
-    weights = {"match": 1.0, "item": 0.5, "text": 0.2, "rec": 1.0}
+    terms = align_step.Terms({"match": 1.0, "item": 0.5, "text": 0.2, "rec": 1.0}, both=True)
+    shapes = ((1, 16), (4, 16))  # of one width, so that dropout's masks are the same in all of them
 
     def run(how: str, devices: int, **changes):
-        step = align.make_step(encoder.graph, optimiser, on(devices), weights=weights, how=how)
+        step = align_step.make_step(encoder.graph, optimiser, on(devices), terms=terms, shapes=shapes, how=how)
         state = jax.tree.map(jnp.array, create(trained, optimiser))  # a copy: the step takes its buffers
-        return jax.device_get(step(state, {"E": model.E}, batch | changes, jax.random.key(3)))
+        used = batch | changes
+        items = np.concatenate([used[name][used["real"]] for name in ("positive", "negative")])
+        texts, counts = np.unique(items, return_counts=True)
+        shares = (counts / 13).astype(np.float32)
+        groups = text_groups.group(texts, shares, lengths, shapes, most=32, devices=devices)
+        used |= {"shape": groups.shape, "texts": groups.texts, "shares": groups.shares}
+        return jax.device_get(step(state, data, used, jax.random.key(3)))
 
     run.batch = batch
     return run
 
 
 @pytest.fixture(scope="module")
-def one_device_align(align_step):
-    return align_step("shard_map", 1)
+def one_device_align(align_step_of):
+    return align_step_of("shard_map", 1)
 
 
 @pytest.mark.parametrize(("how", "devices"), WAYS)
-def test_a_step_of_stage_1(align_step, one_device_align, how, devices):
-    assert_close(align_step(how, devices), one_device_align)
+def test_a_step_of_stage_1(align_step_of, one_device_align, how, devices):
+    assert_close(align_step_of(how, devices), one_device_align)
 
 
-def test_rows_that_fill_up_a_batch_of_stage_1_change_nothing(align_step, one_device_align):
-    changes = {name: align_step.batch[name].copy() for name in ("tokens", "x_u", "positive", "negative")}
+def test_rows_that_fill_up_a_batch_of_stage_1_change_nothing(align_step_of, one_device_align):
+    changes = {name: align_step_of.batch[name].copy() for name in ("who", "positive", "negative")}
     for value in changes.values():
         value[13:] = 7
-    jax.tree.map(np.testing.assert_array_equal, align_step("shard_map", 1, **changes), one_device_align)
+    jax.tree.map(np.testing.assert_array_equal, align_step_of("shard_map", 1, **changes), one_device_align)
 
 
 def test_every_batch_size_finds_devices_that_divide_it():
@@ -178,6 +190,7 @@ def test_every_batch_size_finds_devices_that_divide_it():
 
 
 def test_meshes_that_the_devices_cannot_make_are_refused():
+    assert [len(mesh.data_devices(batch, None, 2)) for batch in (8, 12, 20, 7)] == [8, 6, 4, 1]
     assert dict(mesh.make_mesh(2, 4).shape) == {"data": 2, "model": 4}
     assert dict(mesh.make_mesh(model=2).shape) == {"data": 4, "model": 2}
     assert dict(mesh.make_mesh(model=3).shape) == {"data": 2, "model": 3}

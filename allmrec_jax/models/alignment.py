@@ -7,12 +7,13 @@ q = sigmoid(V1 Q + c1),  Q' = V2 q + c2      (f_T, text width -> d' -> text widt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from allmrec_jax.models import losses
 from allmrec_jax.models.params import Parameter, uniform
 
 
@@ -40,36 +41,46 @@ def decode(params: Any, x: Float[Array, "batch joint"]) -> Float[Array, "batch w
     return x @ params["decode"]["kernel"] + params["decode"]["bias"][None]
 
 
-def loss_rows(
-    f_I: Any,
-    f_T: Any,
-    *,
-    x_u: Float[Array, "batch d"],
-    E_positive: Float[Array, "batch d"],
-    E_negative: Float[Array, "batch d"],
-    Q_positive: Float[Array, "batch text"],
-    weights: Mapping[str, float],
-) -> dict[str, Float[Array, " batch"]]:
-    """The terms of stage 1's loss for each row; their batch mean is the loss.
+def item_terms(
+    f_I: Any, f_T: Any, E: Float[Array, "items d"], Q: Float[Array, "items text"]
+) -> dict[str, Float[Array, " items"]]:
+    """What stage 1 loses on each item.
 
-        L = L_match + alpha L_item + beta L_text + L_rec
-        L_match = MSE(e, q)      L_item = MSE(E', E)      L_text = MSE(Q', stop(Q))
-        L_rec = BCE(x_u . E'_pos, 1) + BCE(x_u . E'_neg, 0)
+        match = MSE(e, q)      item = MSE(E', E)      text = MSE(Q', stop(Q))
 
-    Every MSE is the mean over features. `weights` holds the factors of `match`, `item`, `text` and `rec`.
+    Every MSE is the mean over features.
     """
 
     def mse(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.mean((a - b) ** 2, axis=-1)
 
-    e, e_negative, q = encode(f_I, E_positive), encode(f_I, E_negative), encode(f_T, Q_positive)
-    E_decoded, negative_decoded, Q_decoded = decode(f_I, e), decode(f_I, e_negative), decode(f_T, q)
-    positive_score = jnp.sum(x_u * E_decoded, axis=-1)
-    negative_score = jnp.sum(x_u * negative_decoded, axis=-1)
-    terms = {
-        "match": mse(e, q),
-        "item": mse(E_decoded, E_positive),
-        "text": mse(Q_decoded, jax.lax.stop_gradient(Q_positive)),
-        "rec": jax.nn.softplus(-positive_score) + jax.nn.softplus(negative_score),
-    }
-    return terms | {"loss": sum(weights[name] * term for name, term in terms.items())}
+    with jax.named_scope("L_match"):
+        e, q = encode(f_I, E), encode(f_T, Q)
+        return {
+            "match": mse(e, q),
+            "item": mse(decode(f_I, e), E),
+            "text": mse(decode(f_T, q), jax.lax.stop_gradient(Q)),
+        }
+
+
+def rec_term(
+    f_I: Any,
+    x_u: Float[Array, "batch d"],
+    E_positive: Float[Array, "batch d"],
+    E_negative: Float[Array, "batch d"],
+    score: Literal["dot", "mean"] = "dot",
+) -> Float[Array, " batch"]:
+    """L_rec of each user: BCE(s(x_u, E'_pos), 1) + BCE(s(x_u, E'_neg), 0).
+
+    Args:
+      score: s, the sum over the d products (paper), or their mean (public code).
+    """
+    s = {"dot": jnp.sum, "mean": jnp.mean}[score]
+    with jax.named_scope("L_rec"):
+        positive, negative = (s(x_u * decode(f_I, encode(f_I, E)), axis=-1) for E in (E_positive, E_negative))
+        return losses.binary(positive, negative[:, None])
+
+
+def weigh(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
+    """L = L_match + alpha L_item + beta L_text + L_rec, or of these terms the ones that are given."""
+    return sum((weights[name] * term for name, term in terms.items()), jnp.float32(0))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,18 +50,45 @@ def losses(
     E_positive: Float[Tensor, "batch d"],
     E_negative: Float[Tensor, "batch d"],
     Q_positive: Float[Tensor, "batch text"],
+    Q_negative: Float[Tensor, "batch text"] | None = None,
     weights: Mapping[str, float],
+    score: Literal["dot", "mean"] = "dot",
 ) -> dict[str, Any]:
-    """The four terms of the loss and their weighted sum, `loss`."""
-    e, e_negative, q = f_I.encode(E_positive), f_I.encode(E_negative), f_T.encode(Q_positive)
-    E_decoded, negative_decoded, Q_decoded = f_I.decode(e), f_I.decode(e_negative), f_T.decode(q)
-    positive = (x_u * E_decoded).sum(-1)
-    negative = (x_u * negative_decoded).sum(-1)
-    terms = {
-        "match": F.mse_loss(e, q),
-        "item": F.mse_loss(E_decoded, E_positive),
-        "text": F.mse_loss(Q_decoded, Q_positive.detach()),
-        "rec": F.binary_cross_entropy_with_logits(positive, torch.ones_like(positive))
-        + F.binary_cross_entropy_with_logits(negative, torch.zeros_like(negative)),
-    }
+    """The four terms of the loss and their weighted sum, `loss`. With Q of the negatives too, these enter the first
+    three terms as well, two means added."""
+
+    def of_items(E: Tensor, Q: Tensor) -> dict[str, Tensor]:
+        e, q = f_I.encode(E), f_T.encode(Q)
+        return {
+            "match": F.mse_loss(e, q),
+            "item": F.mse_loss(f_I.decode(e), E),
+            "text": F.mse_loss(f_T.decode(q), Q.detach()),
+        }
+
+    terms = of_items(E_positive, Q_positive)
+    if Q_negative is not None:
+        terms = {name: terms[name] + term for name, term in of_items(E_negative, Q_negative).items()}
+    products = (x_u * f_I.decode(f_I.encode(E)) for E in (E_positive, E_negative))
+    positive, negative = (p.sum(-1) if score == "dot" else p.mean(-1) for p in products)
+    terms["rec"] = F.binary_cross_entropy_with_logits(
+        positive, torch.ones_like(positive)
+    ) + F.binary_cross_entropy_with_logits(negative, torch.zeros_like(negative))
     return terms | {"loss": sum(weights[name] * term for name, term in terms.items())}
+
+
+def train_batch(
+    optimiser: torch.optim.Optimizer, loss_of: Callable[[slice], Tensor], batch: int, chunk: int = 60
+) -> list[float]:
+    """A batch as the public code takes it: a step after each chunk, with the gradients of the chunks before it, too.
+
+    Args:
+      loss_of: the loss of these rows of the batch.
+    """
+    optimiser.zero_grad()
+    values = []
+    for start in range(0, batch, chunk):
+        loss = loss_of(slice(start, start + chunk))
+        loss.backward()
+        optimiser.step()
+        values.append(loss.item())
+    return values

@@ -107,3 +107,14 @@ def data_devices(batch: int, devices: Sequence[Any] | None = None) -> list[Any]:
     while batch % len(devices):
         devices.pop()
     return devices
+
+
+def replicated(tree: Any, devices: Sequence[Any]) -> Any:
+    """The tree whole on each device, so that a step mapped by `shard_map` does not copy it at each call."""
+    whole = NamedSharding(Mesh(np.array(devices), (DATA,), axis_types=(jax.sharding.AxisType.Auto,)), P())
+    return jax.device_put(tree, whole)
+
+
+def precision(name: str) -> str:
+    """A config's `dtype`: `auto` is float32 on CPU, else bfloat16."""
+    return name if name != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
