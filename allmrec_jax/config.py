@@ -32,8 +32,9 @@ class Data:
 class CF:
     """Stage 0, the collaborative filtering model."""
 
-    model: Literal["sasrec", "gru4rec", "nextitnet", "ncf", "given"] = "sasrec"
-    """`given` trains nothing: it reads `file`."""
+    model: str = "sasrec"
+    """sasrec, gru4rec, nextitnet, ncf, the Python file of a model of yours, or given, which trains nothing and reads
+    `file` (docs/models.md)."""
     file: str | None = None
     """For `given`: .npz or .safetensors with E (items, width), in the order of the data set's ids; docs/models.md."""
     width: int = 50
@@ -62,11 +63,16 @@ class CF:
     """Factor of the Frobenius norm of E in the loss."""
     table: Literal["auto", "dense", "lazy"] = "auto"
     """Rows of E that a step moves: all, as PyTorch's Adam does (dense), or only those that it reads (lazy), which costs
-    the same however many items there are; auto is dense up to 100,000 items."""
+    the same however many items there are; auto is dense up to 20,000 items."""
     select: Literal["best", "last"] = "best"
     """Which epoch is used: the best on validation NDCG@10 (paper), or the last (public code)."""
     evaluate_every: int = 10
     """Epochs between validations, each with a checkpoint."""
+
+
+BEST_CF = CF(width=128, loss="softmax", negatives=1024, weight_decay=1.0, crop=True)
+"""The `best` recipe of stage 0: chosen on validation, on two data sets (docs/results.md); epochs and dropout are the
+data set's."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,9 @@ class Alignment:
     added (public code)."""
     match: bool = True
     """Ablation switch of L_match."""
-    recommendation: bool = True
     reconstruction: bool = True
     """Ablation switch of L_item and L_text: without it alpha and beta are 0."""
+    recommendation: bool = True
     """Ablation switch of L_rec."""
     train_encoder: bool = True
     """With False the sentence encoder stays as it is: every text is encoded once, before training."""
@@ -99,7 +105,6 @@ class Alignment:
     encoder_dropout: bool = True
     """The sentence encoder's own dropout, while it is trained."""
     text: str = "Title: {title}, Description: {description}"
-    batch: int = 32
     """Of an item; the public code's is '"{title}, {description}"' with the quote marks."""
     single_items: bool = False
     """Keep users with a single training item, as the public code does: x_u of an empty history, item 0 as target and
@@ -109,16 +114,16 @@ class Alignment:
     chunk: int | None = None
     """Users of an optimiser step, where a batch has more; the gradients of a batch's earlier chunks stay in those of
     the later ones. The public code has 60; None is one step a batch."""
+    batch: int = 32
     epochs: int = 10
     learning_rate: float = 1e-4
     """Of f_I and f_T."""
     encoder_learning_rate: float | None = None
     """Of the sentence encoder; None is the same (paper)."""
-    save_every: int = 5
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the sentence encoder's products; auto is float32 on CPU, else bfloat16. Its weights are kept in float32."""
+    save_every: int = 5
     """Epochs between checkpoints."""
-
 
     def as_public_code(self) -> Alignment:
         """The same with every field that the public code decides otherwise than the paper."""
@@ -133,6 +138,7 @@ class Alignment:
             order="file",
             chunk=60,
         )
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -314,7 +320,11 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
             values["cf.negatives"] >= (values["cf.loss"] == "bce"),
             "at least 1 (0, all items, with cf.loss softmax only)",
         ),
-        ("cf.calibration", 0 <= values["cf.calibration"] <= 1, "in [0, 1]"),
+        (
+            "cf.calibration",
+            0 <= values["cf.calibration"] <= (values["cf.loss"] == "bce"),
+            "in [0, 1] (0 with cf.loss softmax)",
+        ),
         ("cf.weight_decay", values["cf.weight_decay"] >= 0, "at least 0"),
         ("cf.file", values["cf.model"] != "given" or bool(values["cf.file"]), "a file, with cf.model given"),
         ("cf.dropout", 0 <= values["cf.dropout"] < 1, "in [0, 1)"),
@@ -323,12 +333,12 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
             values["cf.width"] % max(1, values["cf.heads"]) == 0,
             f"a divisor of cf.width {values['cf.width']}",
         ),
+        ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
         ("llm.epochs", values["llm.epochs"] > 0, "above 0"),
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
         ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
-        ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
     ]
     return rules
 

@@ -28,8 +28,24 @@ def test_ranks_are_those_of_the_full_matrix(n, block, seed):
     found = catalogue.ranks(*map(jnp.asarray, (x_u, E, targets, others)), block)
     scores = x_u @ E.T
     for user in range(5):
-        rivals = set(range(1, n + 1)) - {int(targets[user])} - set(others[user].tolist())
-        assert int(found[user]) == sum(scores[user, i] >= scores[user, targets[user]] for i in rivals)
+        rivals = set(range(1, n + 1)) - {int(targets[user])}
+        for ranks, left_out in zip(found, (set(), set(others[user].tolist())), strict=True):
+            above = sum(scores[user, i] >= scores[user, targets[user]] for i in rivals - left_out)
+            assert int(ranks[user]) == above
+
+
+def test_equal_rows_are_ties_whatever_the_rounding():
+    """Each item has a twin of the same embedding: never above, always a tie; left out where it is in the history."""
+    random = np.random.default_rng(0)
+    n, users = 3000, 64
+    E = np.zeros((n + 1, 50), np.float32)
+    E[1 : n // 2 + 1] = random.normal(size=(n // 2, 50))
+    E[n // 2 + 1 :] = E[1 : n // 2 + 1]
+    targets = random.integers(1, n // 2 + 1, users)
+    x_u = 0.1 * random.normal(size=(users, 50)).astype(np.float32) + E[targets]  # the target's pair stands first
+    full, new = catalogue.ranks(*map(jnp.asarray, (x_u, E, targets, (targets + n // 2)[:, None])), 512)
+    np.testing.assert_array_equal(full, 1)
+    np.testing.assert_array_equal(new, 0)
 
 
 @settings(max_examples=20, deadline=None)

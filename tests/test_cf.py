@@ -14,10 +14,9 @@ from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import cf as evaluation
-from allmrec_jax.models import collaborative
 from allmrec_jax.training import cf
 
-TRAINED = [name for name in collaborative.MODELS if name != "given"]
+TRAINED = ["sasrec", "gru4rec", "nextitnet", "ncf"]
 SMALL = CF(width=8, blocks=1, maxlen=1, batch=4, epochs=1, evaluate_every=1, dropout=0.2)
 
 
@@ -99,6 +98,54 @@ def test_other_objectives_train_and_choose_the_best_checkpoint(tmp_path):
     assert model.E.shape == (data.n_items + 1, config.width)
 
 
+FIFTH = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from allmrec_jax.models.sequential import item_table, rows_of
+
+@dataclass(frozen=True)
+class Config:
+    n_items: int
+    width: int
+    maxlen: int
+    decay: float = 0.5
+
+def describe(c):
+    return {"E": item_table(c.n_items, c.width)}
+
+def features(params, c, windows, dropout_keys=None, pads=None, rows=None, users=None):
+    rows = rows_of(params["E"], windows) if rows is None else rows
+    at = jnp.arange(windows.shape[1])
+    weights = jnp.where(at[:, None] >= at[None], c.decay ** (at[:, None] - at[None]), 0.0)
+    return jnp.einsum("ts,bsd->btd", weights, jnp.where((windows != 0)[..., None], rows, 0))
+"""
+
+
+def test_a_fifth_model_is_one_file(tmp_path):
+    data, path = tiny.dataset(tmp_path / "d"), tmp_path / "fading.py"
+    path.write_text(FIFTH)
+    config = check(Experiment(cf=dataclasses.replace(SMALL, model=str(path), maxlen=10))).cf
+    model = train(config, data, tmp_path / "cf")
+    assert model.config.decay == 0.5
+    window = np.zeros((1, 10), np.int32)
+    window[0, -2:] = 3, 7
+    E = np.asarray(model.E)
+    np.testing.assert_allclose(model.x_u(window)[0], E[7] + E[3] / 2, rtol=1e-4, atol=1e-6)
+    assert 0 <= evaluation.figures(model, data, seed=0)["full"]["hit@10"]["value"] <= 1
+    assert cf.name_of(config) == "fading"
+    for name, message in (
+        (tmp_path / "no.py", "there is no model"),
+        ("sasrek", "there is no model 'sasrek'; choose sasrec"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(config, model=str(name)), data, tmp_path / "cf2")
+    other = tmp_path / "other.py"
+    for content, message in (("1 / 0", "ZeroDivisionError"), ("Config = int", "defines no describe")):
+        other.write_text(content)
+        with pytest.raises(UserError, match=message):
+            train(dataclasses.replace(config, model=str(other)), data, tmp_path / "cf2")
+
+
 # ---------------------------------------------------------------------------------------------------------- from files
 
 
@@ -146,6 +193,9 @@ def test_given_users_have_their_rows_and_others_a_rule(tmp_path):
         ({"E": np.zeros((3, 5))}, "E is float64 .3, 5., but the data set has 40 items"),
         ({"E": np.zeros((40, 5), int)}, "E is int64"),
         ({"E": np.full((40, 5), np.nan)}, "not finite"),
+        ({"E": np.full((40, 5), 1e39)}, "not finite"),
+        ({"E": np.float64(3)}, "E has the shape"),
+        ({"E": np.zeros((40, 0))}, "E has the shape"),
         ({"P": np.zeros((30, 4))}, "P is float64"),
         ({"E": np.array([{"a": 1}] * 40, object)}, "cannot be read"),
     ],

@@ -92,6 +92,9 @@ def test_all_items_need_the_whole_table_on_each_device(epoch):
     for wrong in ({"shards": 2}, {"lazy": True}):
         with pytest.raises(UserError, match="reads all of E"):
             epoch("shard_map", 2, **options, **wrong)
+    for devices, shards in ((6, 3), (5, 2)):  # no power of two; not a divisor of the devices
+        with pytest.raises(UserError, match=f"devices.items is {shards}"):
+            epoch("shard_map", devices, shards=shards, tiers=())
 
 
 def test_each_device_holds_its_own_rows_of_a_table_cut_by_rows(tmp_path):
@@ -187,10 +190,10 @@ def test_rows_that_fill_up_a_batch_of_stage_1_change_nothing(align_step_of, one_
 def test_every_batch_size_finds_devices_that_divide_it():
     assert [len(mesh.data_devices(batch)) for batch in (1, 2, 4, 6, 7, 8, 12, 20, 32)] == [1, 2, 4, 6, 7, 8, 6, 5, 8]
     assert mesh.data_devices(6, jax.devices()[2:6]) == jax.devices()[2:5]
+    assert [len(mesh.data_devices(batch, None, 2)) for batch in (8, 12, 20, 7)] == [8, 6, 4, 1]
 
 
 def test_meshes_that_the_devices_cannot_make_are_refused():
-    assert [len(mesh.data_devices(batch, None, 2)) for batch in (8, 12, 20, 7)] == [8, 6, 4, 1]
     assert dict(mesh.make_mesh(2, 4).shape) == {"data": 2, "model": 4}
     assert dict(mesh.make_mesh(model=2).shape) == {"data": 4, "model": 2}
     assert dict(mesh.make_mesh(model=3).shape) == {"data": 2, "model": 3}

@@ -114,7 +114,11 @@ def length_tiers(
       lengths: of each eligible user's window.
       multiple: capacities are multiples of it, so that devices get equal shares; it divides `batch`.
     """
-    drawn = np.minimum(lengths, maxlen)[np.random.default_rng(seed).integers(0, len(lengths), (2000, batch))]
+    multiple *= max(1, batch // multiple // 64)  # the search below is quadratic in the number of groups
+    if batch % multiple:
+        return ()
+    draws = min(2000, 1 + 2**22 // batch)
+    drawn = np.minimum(lengths, maxlen)[np.random.default_rng(seed).integers(0, len(lengths), (draws, batch))]
     longest = np.sort(drawn, axis=1).max(axis=0)[multiple - 1 :: multiple]  # of each group of `multiple` ranks
     groups = len(longest)
     longest[-1] = maxlen

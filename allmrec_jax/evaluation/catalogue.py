@@ -22,6 +22,11 @@ def _blocks(E: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return jnp.reshape(padded, (count, block, E.shape[1])), jnp.arange(count) * block
 
 
+def _scores(x_u: jax.Array, rows: jax.Array) -> jax.Array:
+    """x_u . E_i in float32 on every machine, so that an item's score is the same wherever it is computed."""
+    return jnp.einsum("ud,id->ui", x_u, rows, precision=jax.lax.Precision.HIGHEST)
+
+
 @partial(jax.jit, static_argnames="block")
 def ranks(
     x_u: Float[Array, "users d"],
@@ -29,32 +34,39 @@ def ranks(
     targets: Int[Array, " users"],
     leave_out: Int[Array, "users others"],
     block: int = BLOCK,
-) -> Int[Array, " users"]:
-    """The rank (0 = first) of each user's target among all items 1 .. n, those of `leave_out` left out.
+) -> tuple[Int[Array, " users"], Int[Array, " users"]]:
+    """The rank (0 = first) of each user's target among all items 1 .. n, and among those that are not left out.
 
-    Ties count against the target. The target itself is never left out.
+    Ties count against the target. The target itself is never left out. E goes by twice: once for the scores of the
+    targets, so that these are compared with what the same product gives for the others.
 
     Args:
       leave_out: item ids, 0 for none; a repeated id counts once. For the new-items-only figure, the history.
     """
-    wanted = jnp.einsum("ud,ud->u", x_u, E[targets])[:, None]
+    blocks = _blocks(E, block)
 
-    def above(ids: jax.Array, rows: jax.Array) -> jax.Array:
-        """Which of the items stand at or above the target; ids (items,)."""
-        rival = (ids[None] > 0) & (ids[None] < E.shape[0]) & (ids[None] != targets[:, None])
-        return (jnp.einsum("ud,id->ui", x_u, rows) >= wanted) & rival
-
-    def count(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def look(found: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         rows, first = part
-        return total + jnp.sum(above(first + jnp.arange(block), rows), axis=1), None
+        at = (targets - first)[:, None]
+        own = jnp.take_along_axis(_scores(x_u, rows), jnp.clip(at, 0, block - 1), 1)
+        return jnp.where((at >= 0) & (at < block), own, found), None
 
-    start = jnp.zeros(x_u.shape[0], jnp.int32)
-    total, _ = jax.lax.scan(count, start, _blocks(E, block))
+    wanted, _ = jax.lax.scan(look, jnp.zeros((x_u.shape[0], 1), x_u.dtype), blocks)
     ordered = jnp.sort(leave_out, axis=1)
     once = (ordered > 0) & (ordered != targets[:, None])
     once = once & jnp.concatenate([jnp.ones_like(once[:, :1]), ordered[:, 1:] != ordered[:, :-1]], axis=1)
-    gone = once & (jnp.einsum("ud,uod->uo", x_u, E[ordered]) >= wanted)
-    return total - jnp.sum(gone, axis=1)
+
+    def count(totals: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]):
+        rows, first = part
+        ids = (first + jnp.arange(block))[None]
+        above = (_scores(x_u, rows) >= wanted) & (ids > 0) & (ids < E.shape[0]) & (ids != targets[:, None])
+        at = ordered - first
+        gone = once & (at >= 0) & (at < block) & jnp.take_along_axis(above, jnp.clip(at, 0, block - 1), 1)
+        above = jnp.sum(above, axis=1)
+        return (totals[0] + above, totals[1] + above - jnp.sum(gone, axis=1)), None
+
+    none = jnp.zeros(x_u.shape[0], jnp.int32)
+    return jax.lax.scan(count, (none, none), blocks)[0]
 
 
 @partial(jax.jit, static_argnames=("k", "block"))
@@ -75,7 +87,7 @@ def top_k(
     def merge(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]):
         rows, at = part
         ids = at + jnp.arange(block)
-        scores = jnp.einsum("ud,id->ui", x_u, rows)
+        scores = _scores(x_u, rows)
         scores = jnp.where(((ids < E.shape[0]) & (first + ids > 0))[None], scores, -jnp.inf)
         ids = jnp.broadcast_to((first + ids)[None], scores.shape).astype(jnp.int32)
         # The best so far come first: `lax.top_k` takes the earlier of equal ones, which has the lower id.

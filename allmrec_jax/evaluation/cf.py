@@ -43,16 +43,15 @@ def ranks_of_held_out_items(
     if hasattr(collaborative.module_of(model.config), "score"):  # not a product: not streamed
         return found
     longest = int(dataset.lengths.max())
-    full, new = [], []
+    full, new, E = [], [], jnp.asarray(model.E)
     for start in range(0, len(users), batch):
         # The last batch is filled up with its first user, so that all have one shape.
         rows = np.arange(start, start + batch)
         rows = np.where(rows < len(users), rows, start)
         history = dataset.windows(dataset.history_end(split)[users[rows]], longest, users[rows])
-        these = jnp.asarray(x_u[rows]), model.E, jnp.asarray(targets[rows])
-        full.append(np.asarray(catalogue.ranks(*these, jnp.zeros((batch, 1), jnp.int32))))
-        new_items = np.asarray(catalogue.ranks(*these, jnp.asarray(history)))
-        new.append(np.where((history == targets[rows, None]).any(1), -1, new_items))
+        of_all, of_new = catalogue.ranks(x_u[rows], E, targets[rows], history)
+        full.append(np.asarray(of_all))
+        new.append(np.where((history == targets[rows, None]).any(1), -1, np.asarray(of_new)))
     full, new = (np.concatenate(part)[: len(users)] for part in (full, new))
     return found | {"full": full, "new": new}
 

@@ -22,7 +22,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import metrics, report
 from allmrec_jax.evaluation.rank import score_users
 from allmrec_jax.pipeline import Pipeline
-from allmrec_jax.training.cf import NAMES
+from allmrec_jax.training.cf import name_of
 from allmrec_jax.training.checkpoint import claim_folder
 
 SEED_STREAM = 3
@@ -103,7 +103,7 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     differences = metrics.differences(scores, column, PAIRS, **options)
     examples = make_examples(pipeline, users, candidates, column, scores)
     about = {
-        "cf": NAMES[x.cf.model],
+        "cf": name_of(x.cf),
         "candidates": x.evaluation.candidates,
         "data_name": pipeline.dataset.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -183,7 +183,7 @@ def make_examples(
 def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str, Any]) -> str:
     """What a reader may conclude, in words that follow from the intervals."""
     x = pipeline.experiment
-    cf, chance = NAMES[x.cf.model], metrics.chance(x.evaluation.candidates)
+    cf, chance = name_of(x.cf), metrics.chance(x.evaluation.candidates)
 
     def compare(a: str, b: str, name: str) -> str:
         parts = []

@@ -10,11 +10,15 @@ A model is a module with
                                the last of them, if there is a cheaper way to it
     score(params, c, f, rows)  the score of features and rows of E, if it is another than their product
 
-and a line in `MODELS`. Everything else (training, evaluation, both later stages) knows no more of it than that.
+A module of one's own is named by its path (`--cf.model mine.py`) and calls its dataclass `Config`; `given` trains
+nothing and has none of this. Everything else (training, evaluation, both later stages) knows no more of it than that.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from allmrec_jax.errors import UserError
 from allmrec_jax.models import given, gru4rec, ncf, nextitnet, sasrec, sequential
 
 MODELS: dict[str, tuple[type, ModuleType]] = {
@@ -31,6 +36,32 @@ MODELS: dict[str, tuple[type, ModuleType]] = {
     "ncf": (ncf.NCFConfig, ncf),
     "given": (given.GivenConfig, given),
 }
+
+
+def find(name: str) -> tuple[type, ModuleType]:
+    """The config class and the module of a model: one of `MODELS`, or a Python file.
+
+    Raises:
+      UserError: if there is no such model or file, or the file lacks what the protocol asks for.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(
+            f"there is no model {name!r}; choose {', '.join(MODELS)}, or name a Python file (docs/models.md)"
+        )
+    spec = importlib.util.spec_from_file_location(f"allmrec_model_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"the model {path} fails: {type(error).__name__}: {error}") from error
+    if missing := [part for part in ("Config", "describe", "features") if not hasattr(module, part)]:
+        raise UserError(f"the model {path} defines no {missing[0]} (docs/models.md)")
+    MODELS[name] = module.Config, module
+    return MODELS[name]
 
 
 def module_of(c: Any) -> ModuleType:

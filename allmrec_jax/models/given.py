@@ -37,7 +37,9 @@ def read(path: Path, n_items: int, n_users: int) -> dict[str, np.ndarray]:
     found = _arrays(path)
     if "E" not in found:
         raise UserError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}, but no array E (items, width)")
-    d = found["E"].shape[-1]
+    if found["E"].ndim != 2 or not found["E"].size:
+        raise UserError(f"{path}: E has the shape {found['E'].shape}, but must be (items, width)")
+    d = found["E"].shape[1]
     read = {}
     for name, count, unit in (("E", n_items, "items"), ("P", n_users, "users"), ("A", d, "rows of A")):
         if name not in found:
@@ -48,9 +50,10 @@ def read(path: Path, n_items: int, n_users: int) -> dict[str, np.ndarray]:
                 f"{path}: {name} is {array.dtype} {array.shape}, but the data set has {count:,} {unit}: "
                 f"({count:,}, {d}) or ({count + 1:,}, {d}) floats"
             )
+        with np.errstate(over="ignore"):
+            array = np.asarray(array, np.float32)
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds values that are not finite")
-        array = np.asarray(array, np.float32)
         if len(array) == count:
             zero = np.zeros_like(array[:1])
             array = np.concatenate([array, zero] if name == "A" else [zero, array])

@@ -41,8 +41,8 @@ class Objective:
         return self.negatives if self.loss == "softmax" else 0
 
     def beta(self, n_items: int) -> float:
-        """The exponent of the positive's probability: 1 - t (1 - a), a = negatives / (n_items - 1)."""
-        return 1 - self.calibration * (1 - self.negatives / max(1, n_items - 1))
+        """The exponent of the positive's probability: 1 - t (1 - a), a = negatives / (n_items - 1), at most 1."""
+        return 1 - self.calibration * (1 - min(1.0, self.negatives / max(1, n_items - 1)))
 
 
 def binary(

@@ -92,7 +92,9 @@ def mean_rows(
     E: Float[np.ndarray, "items d"], windows: Int[np.ndarray, "users maxlen"]
 ) -> Float[np.ndarray, "users inputs"]:
     """[mean of E_i over a window's items ; 1]; the mean of no items is 0."""
-    real = (windows != 0)[..., None]
-    sums = np.where(real, E[windows], 0).sum(1)
-    mean = sums / np.maximum(real.sum(1), 1)
+    real = windows != 0
+    sums = np.zeros((len(windows), E.shape[1]), E.dtype)
+    for at in range(windows.shape[1]):  # a position at a time: memory is that of the result
+        sums += np.where(real[:, at, None], E[windows[:, at]], 0)
+    mean = sums / np.maximum(real.sum(1, keepdims=True), 1).astype(E.dtype)
     return np.concatenate([mean, np.ones((len(windows), 1), mean.dtype)], axis=1)

@@ -185,9 +185,10 @@ def _features(params, c, windows, dropout_keys, pads, rows, *, last: bool) -> ja
 @functools.lru_cache
 def _binomial_cdf(n: int, keep: float) -> np.ndarray:
     """(n + 1, n): row p holds P(B <= 0), P(B <= 1), ... of B ~ Binomial(p, keep)."""
-    table = np.ones((n + 1, n))
+    table, log = np.ones((n + 1, n)), np.cumsum([0.0, *np.log(np.arange(1, n + 1))])  # log k!
     for p in range(n + 1):
-        pmf = [math.comb(p, k) * keep**k * (1 - keep) ** (p - k) for k in range(p)]
+        k = np.arange(p)
+        pmf = np.exp(log[p] - log[k] - log[p - k] + k * math.log(keep) + (p - k) * math.log1p(-keep))
         table[p, :p] = np.cumsum(pmf)
     return table.astype(np.float32)
 

@@ -66,7 +66,7 @@ def dropout(
 
 def dot(params: Any, c: Any, f: Float[Array, "*batch d"], rows: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     """The score of most models: feature . E_i."""
-    return jnp.einsum("...d,...d->...", f, rows)
+    return jnp.einsum("...d,...d->...", f, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def loss_terms(
@@ -96,15 +96,18 @@ def loss_terms(
     positive = score(params, c, f, rows[1])
     if objective.loss == "bce":
         of_negatives = jnp.reshape(rows[2], (*windows.shape, -1, c.width))
-        repeated = jnp.broadcast_to(f[:, :, None], of_negatives.shape)
-        terms = losses.binary(positive, score(params, c, repeated, of_negatives), objective.beta(c.n_items))
+        if score is dot:
+            negative = jnp.einsum("btd,btkd->btk", f, of_negatives)
+        else:
+            negative = score(params, c, jnp.broadcast_to(f[:, :, None], of_negatives.shape), of_negatives)
+        terms = losses.binary(positive, negative, objective.beta(c.n_items))
     elif objective.all_items:
         ids = jnp.arange(params["E"].shape[0])[None, None]
         rival = (ids > 0) & (ids <= c.n_items) & (ids != positives[..., None])
         terms = losses.softmax(positive, jnp.where(rival, jnp.einsum("btd,id->bti", f, params["E"]), -jnp.inf))
     else:
-        # Each of the shared items stands for (n - 1) / shared of the items that are not the positive.
-        others = jnp.einsum("btd,sd->bts", f, rows[2]) + math.log(max(1, c.n_items - 1) / objective.negatives)
+        # Each of the shared items, drawn from all n, stands for n / shared of them.
+        others = jnp.einsum("btd,sd->bts", f, rows[2]) + math.log(c.n_items / objective.negatives)
         terms = losses.softmax(positive, jnp.where(negatives[None, None] != positives[..., None], others, -jnp.inf))
     real = positives != 0
     return jnp.sum(jnp.where(real, terms, 0)), jnp.sum(real).astype(jnp.float32)

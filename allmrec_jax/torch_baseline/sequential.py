@@ -65,7 +65,7 @@ class Sequential(nn.Module):
         E = self.item_emb.weight[1:]
         if shared is None:
             return F.cross_entropy((f @ E.T)[real], positives[real] - 1)
-        logits = (f @ E[shared - 1].T)[real] + math.log((len(E) - 1) / len(shared))
+        logits = (f @ E[shared - 1].T)[real] + math.log(len(E) / len(shared))
         logits = logits.masked_fill(shared[None] == positives[real][:, None], -torch.inf)
         positive = (f * self.item_emb(positives)).sum(-1)[real]
         logits = torch.cat([positive[:, None], logits], dim=1)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 from rich.console import Console
 
 from allmrec_jax.config import CF
@@ -25,6 +23,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation.metrics import metrics_of
 from allmrec_jax.files import write_atomically
 from allmrec_jax.models import collaborative, given, ncf, params, sequential
+from allmrec_jax.models.cf_model import CFModel
 from allmrec_jax.models.losses import Objective
 from allmrec_jax.progress import say
 from allmrec_jax.training import loop, mesh, table
@@ -33,88 +32,6 @@ from allmrec_jax.training.state import State, create, update
 
 Anywhere = Array | np.ndarray  # functions that take host and device arrays alike
 SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages share random bits
-
-
-@dataclass(frozen=True)
-class CFModel:
-    """A trained model: the item table E and the user representation x_u of any history.
-
-    fold_in: what makes x_u of a history where the model itself knows users only (`models.ncf.fold_in`).
-    """
-
-    config: Any  # of one of `models.collaborative.MODELS`
-    params: Any
-    fold_in: np.ndarray | None = None
-
-    @property
-    def E(self) -> Float[Anywhere, "items d"]:
-        return self.params["E"]
-
-    def x_u(
-        self,
-        windows: Int[np.ndarray, "users maxlen"],
-        users: Int[np.ndarray, " users"] | None = None,
-        batch: int = 512,
-    ) -> Float[np.ndarray, "users d"]:
-        """User representations of left-padded windows.
-
-        In batches of one shape, short histories apart from long ones, so that little is computed on padding.
-
-        Args:
-          users: their ids, where they are known: a model of users (NCF) then gives their rows.
-
-        Raises:
-          UserError: for an item id beyond the table.
-        """
-        self._check(windows)
-        if hasattr(self.config, "n_users"):  # a model of users
-            return self._of_rows(windows, users)
-        lengths, maxlen = (windows != 0).sum(1), windows.shape[1]
-        out, done = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
-        for width in sorted({min(width, maxlen) for width in (4, 16, maxlen)}):
-            rows = np.flatnonzero((lengths <= width) & ~done)
-            if width < maxlen and len(rows) < batch:
-                continue  # too few for a program of their own
-            done[rows] = True
-            for start in range(0, len(rows), batch):
-                part = rows[start : start + batch]
-                padded, pads = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
-                padded[: len(part)] = windows[part, maxlen - width :]
-                pads[: len(part)] = maxlen - lengths[part]
-                out[part] = np.asarray(_represent(self.params, self.config, padded, pads))[: len(part)]
-        return out
-
-    def _check(self, items: Anywhere) -> None:
-        least, most = (int(items.min()), int(items.max())) if items.size else (0, 0)
-        if least < 0 or most > self.config.n_items:
-            raise UserError(
-                f"item {most if least >= 0 else least} is not among the model's 1 to {self.config.n_items:,}"
-            )
-
-    def _of_rows(self, windows: np.ndarray, users: np.ndarray | None) -> np.ndarray:
-        """Users' own rows P_u where there are any; else a linear map of the mean of their items' E_i."""
-        out, known = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
-        if users is not None and "P" in self.params:
-            known = users <= self.config.n_users
-            out[known] = np.asarray(self.params["P"])[users[known]]
-        if not known.all():
-            out[~known] = ncf.mean_rows(np.asarray(self.E), windows[~known]) @ self.fold_in
-        return out
-
-    def scores(self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"]) -> np.ndarray:
-        """The score of each candidate: x_u . E_i, or the model's own. Raises `UserError` for an id beyond the table."""
-        self._check(candidates)
-        return np.asarray(_score(self.params, self.config, x_u, jnp.asarray(candidates)))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _represent(parameters: Any, config: Any, windows: jax.Array, pads: jax.Array) -> jax.Array:
-    return collaborative.user_representation(parameters, config, windows, pads)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _score(parameters: Any, config: Any, x_u: jax.Array, candidates: jax.Array) -> jax.Array:
-    return collaborative.scores(parameters, config, x_u, jnp.take(parameters["E"], candidates, axis=0))
 
 
 class _Group(NamedTuple):
@@ -161,12 +78,12 @@ def make_epoch(
     Raises:
       UserError: for an objective that these do not allow.
     """
-    check_objective(c, objective, l2_emb=l2_emb, lazy=lazy, shards=shards, how=how)
+    check_objective(c, objective, devices, batch=batch, l2_emb=l2_emb, lazy=lazy, shards=shards, how=how)
+    most = batch // len(devices) * c.maxlen * (2 + objective.each) + objective.shared
     per_device, model = batch // len(devices), collaborative.module_of(c)
     axes: Any = (mesh.DATA, table.AXIS) if shards > 1 else mesh.DATA
     crop_at = c.maxlen if crop else None
     by_rows = lazy or shards > 1  # what goes between devices is rows' gradients, not E's
-    most = per_device * c.maxlen * (2 + objective.each) + objective.shared
 
     def gradients_of(state: State, key: jax.Array, groups: list[_Group], count: jax.Array):
         E = state.params["E"]
@@ -213,6 +130,20 @@ def make_epoch(
         dense = table.dense_gradient(E, ids, of_rows)
         return value, of_rest, dense if of_E is None else dense + of_E
 
+    def move(state: State, value: jax.Array, of_rest: Any, of_E: Any) -> tuple[State, jax.Array]:
+        value, of_rest = jax.lax.psum((value, of_rest), axes)
+        if by_rows:
+            ids, of_rows = (jax.lax.all_gather(part, axes, tiled=True) for part in of_E)
+            if lazy:
+                return table.update_rows(state, of_rest, ids, of_rows, optimiser, shards), value
+            dense = table.dense_gradient(state.params["E"], ids, of_rows, shards)
+        else:
+            dense = jax.lax.psum(of_E, axes)
+        if l2_emb:
+            norm, direction = jax.value_and_grad(jnp.linalg.norm)(state.params["E"])
+            value, dense = value + l2_emb * norm, dense + l2_emb * direction
+        return update(state, of_rest | {"E": dense}, optimiser), value
+
     def step(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, jax.Array]:
         everybody = batches.draw_users(key, state.step, batch, data["start"].shape[0])
         lengths = jnp.minimum(data["end"][everybody] - data["start"][everybody] - 1, c.maxlen)
@@ -238,21 +169,10 @@ def make_epoch(
             order = jnp.argsort(lengths, stable=True)
             ends = np.cumsum([capacity for _, capacity in tiers])
             fits = jnp.all(lengths[order[ends - 1]] <= np.array([width for width, _ in tiers]))
-            value, gradients, of_E = jax.lax.cond(fits, in_tiers, at_full_width)
+            found = jax.lax.cond(fits, in_tiers, at_full_width)
         else:
-            value, gradients, of_E = at_full_width()
-        value, gradients = jax.lax.psum((value, gradients), axes)
-        if not by_rows:
-            of_E = jax.lax.psum(of_E, axes)
-            if l2_emb:
-                norm, direction = jax.value_and_grad(jnp.linalg.norm)(state.params["E"])
-                value, of_E = value + l2_emb * norm, of_E + l2_emb * direction
-            return update(state, gradients | {"E": of_E}, optimiser), value
-        ids, of_rows = (jax.lax.all_gather(part, axes, tiled=True) for part in of_E)
-        if lazy:
-            return table.update_rows(state, gradients, ids, of_rows, optimiser, shards), value
-        of_E = table.dense_gradient(state.params["E"], ids, of_rows, shards)
-        return update(state, gradients | {"E": of_E}, optimiser), value
+            found = at_full_width()
+        return move(state, *found)  # outside of `cond`, which would copy E
 
     def epoch(state: State, data: dict[str, Any], key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         state, losses = jax.lax.scan(lambda s, _: step(s, data, key), state, length=steps)
@@ -266,16 +186,31 @@ def make_epoch(
     return mesh.map_over(epoch, grid, (specs, P(), P()), (specs, P()), (0,))
 
 
-def check_objective(c: Any, objective: Objective, *, l2_emb: float, lazy: bool, shards: int, how: str) -> None:
+def check_objective(
+    c: Any,
+    objective: Objective,
+    devices: Sequence[Any],
+    *,
+    batch: int,
+    l2_emb: float,
+    lazy: bool,
+    shards: int,
+    how: str,
+) -> None:
     """Raises `UserError` for settings that exclude each other."""
     if objective.loss == "softmax" and hasattr(collaborative.module_of(c), "score"):
         raise UserError("cf.loss softmax needs a model whose score is x_u . E_i; choose cf.loss bce")
     whole = [f"cf.l2_emb {l2_emb}"] * (l2_emb != 0) + ["cf.loss softmax with cf.negatives 0"] * objective.all_items
     if whole and (lazy or shards > 1):
-        by = "cf.table lazy" if lazy else "devices.items above 1"
-        raise UserError(f"{whole[0]} reads all of E in every step, which {by} does not allow")
+        by, instead = ("cf.table lazy", "cf.table dense") if lazy else ("devices.items above 1", "devices.items 1")
+        raise UserError(f"{whole[0]} reads all of E in every step, which {by} does not allow; choose {instead}")
     if shards > 1 and how == "pmap":
         raise UserError("devices.items above 1 needs devices.map shard_map")
+    if table.MULTIPLE % shards or len(devices) % shards or batch % len(devices):
+        raise UserError(
+            f"devices.items is {shards}, but must be a power of two up to {table.MULTIPLE} that divides the number of "
+            f"devices in use ({len(devices)} for cf.batch {batch})"
+        )
 
 
 def initial_state(key: jax.Array, c: Any, optimiser: optax.GradientTransformation) -> State:
@@ -308,18 +243,21 @@ VALIDATION = ("ndcg@10", "hit@10", "hit@1")
 
 def make_validation(c: Any, dataset: Dataset, key: jax.Array, most: int = 10_000):
     """`params -> {metric: value}` of the validation items, each among 100 random items new to the user."""
-    users = np.flatnonzero(dataset.has_target("validation"))[:most]
+    users = np.flatnonzero(dataset.has_target("validation"))
     if not len(users):
         raise UserError(f"{dataset.name}: no user has three items, so there is nothing to validate on")
-    seen = batches.seen_items(*dataset.distinct("validation"), dataset.n_items)
-    negatives = batches.draw_negatives(key, 0, len(users), users, seen, 100)
-    candidates = jnp.concatenate([dataset.targets("validation")[users][:, None], negatives], axis=1)
+    if len(users) > most:
+        users = np.sort(np.asarray(jax.random.choice(jax.random.fold_in(key, 1), users, (most,), replace=False)))
+    seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
+    negatives = np.asarray(batches.draw_negatives(key, 0, len(users), users, seen, 100))
+    candidates = np.concatenate([dataset.targets("validation")[users][:, None], negatives], axis=1)
     windows = dataset.windows(dataset.history_end("validation")[users], c.maxlen, users)
 
     def validate(parameters: Any) -> dict[str, float]:
         model = CFModel(c, parameters)
         scores = model.scores(model.x_u(windows, users), candidates)
-        rank = (scores[:, 1:] >= scores[:, :1]).sum(1)  # ties count against us
+        rivals = (scores[:, 1:] >= scores[:, :1]) & (negatives > 0)  # ties count against us; 0 is no item
+        rank = rivals.sum(1)
         return {name: float(np.mean(values)) for name, values in metrics_of(rank).items() if name in VALIDATION}
 
     return validate
@@ -331,17 +269,28 @@ def tier_multiple(batch: int, devices: int) -> int:
 
 
 NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "nextitnet": "NextItNet", "ncf": "NCF", "given": "given CF model"}
-LARGE = 100_000  # items from which `cf.table auto` is lazy
+
+
+def name_of(config: CF) -> str:
+    """What the model is called in tables."""
+    return NAMES.get(config.model, Path(config.model).stem)
+
+
+LARGE = 20_000  # items from which `cf.table auto` is lazy; none of the paper's data sets has as many
+
+
+def is_lazy(config: CF, n_items: int) -> bool:
+    """Whether a step moves only the rows of E that it reads."""
+    reads_all = config.l2_emb != 0 or Objective(config.loss, config.negatives).all_items
+    return config.table == "lazy" or (config.table == "auto" and n_items > LARGE and not reads_all)
 
 
 def configure(config: CF, dataset: Dataset) -> Any:
-    """The model's own config. Raises `UserError` for sizes that do not fit together."""
-    if config.width % config.heads:
-        raise UserError(f"cf.width {config.width} is not a multiple of cf.heads {config.heads}")
-    kind, _ = collaborative.MODELS[config.model]
-    sizes = {"n_items": dataset.n_items, "n_users": dataset.n_users}
-    names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{name: sizes[name] if name in sizes else getattr(config, name) for name in names})
+    """The model's own config. Raises `UserError` if there is no such model."""
+    kind, _ = collaborative.find(config.model)
+    values = dataclasses.asdict(config) | {"n_items": dataset.n_items, "n_users": dataset.n_users}
+    # What only a model of one's own has stays as that model says.
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
 
 
 def _with_fold_in(c: Any, parameters: Any, dataset: Dataset) -> CFModel:
@@ -390,7 +339,7 @@ def train_cf(
     optimiser = optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
     state = initial_state(init_key, c, optimiser)
     steps = max(1, dataset.n_users // config.batch)
-    devices = mesh.data_devices(config.batch, devices)
+    devices = mesh.data_devices(config.batch, devices, shards)
     lengths = dataset.n_train[dataset.n_train > 1] - 1
     epoch = make_epoch(
         c,
@@ -401,7 +350,7 @@ def train_cf(
         objective=Objective(config.loss, config.negatives, config.calibration),
         l2_emb=config.l2_emb,
         crop=config.crop,
-        lazy=config.table == "lazy" or (config.table == "auto" and dataset.n_items > LARGE),
+        lazy=is_lazy(config, dataset.n_items),
         shards=shards,
         tiers=batches.length_tiers(lengths, c.maxlen, config.batch, tier_multiple(config.batch, len(devices))),
         how=how,
@@ -414,7 +363,7 @@ def train_cf(
             state,
             steps=config.epochs,
             checkpoints=checkpoints,
-            label=f"stage 0: {NAMES[config.model]}",
+            label=f"stage 0: {name_of(config)}",
             items_per_step=steps * config.batch,
             item_name="sequences",
             log_every=min(10, config.evaluate_every),

@@ -101,12 +101,11 @@ def map_over_data(
     return whole
 
 
-def data_devices(batch: int, devices: Sequence[Any] | None = None) -> list[Any]:
-    """As many devices as divide the batch, so that each gets the same number of rows."""
+def data_devices(batch: int, devices: Sequence[Any] | None = None, multiple: int = 1) -> list[Any]:
+    """As many devices, a multiple of `multiple`, as divide the batch, so that each gets the same number of rows."""
     devices = list(jax.devices() if devices is None else devices)
-    while batch % len(devices):
-        devices.pop()
-    return devices
+    fitting = [n for n in range(1, len(devices) + 1) if batch % n == 0 and n % multiple == 0]
+    return devices[: max(fitting, default=1)]
 
 
 def replicated(tree: Any, devices: Sequence[Any]) -> Any:
