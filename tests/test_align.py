@@ -165,6 +165,19 @@ def test_the_public_code_s_recipe_trains_with_and_without_the_encoder(data, tmp_
     assert np.abs(without.e - one.e).max() > 1e-6
 
 
+def test_half_precision_and_pmap_train_as_well(data, tmp_path):
+    config = dataclasses.replace(tiny.STAGE_1, epochs=1, encoder_dropout=False)
+    whole, curves, _ = train(config, data, tmp_path / "float32")
+    half, others, _ = train(
+        dataclasses.replace(config, dtype="bfloat16"), data, tmp_path / "half", devices=2, how="pmap"
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.parameters)} == {np.dtype("float32")}
+    assert others["loss"][-1][1] == pytest.approx(curves["loss"][-1][1], rel=0.02)
+    np.testing.assert_allclose(half.q, whole.q, atol=0.02)
+    one, two = (train(STILL, data, tmp_path / how, devices=2, how=how)[0] for how in ("shard_map", "pmap"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one.parameters, two.parameters)
+
+
 # ------------------------------------------------------------------------------------------- tables and their check
 
 
