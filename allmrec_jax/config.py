@@ -66,6 +66,8 @@ class CF:
     the same however many items there are; auto is dense up to 20,000 items."""
     select: Literal["best", "last"] = "best"
     """Which epoch is used: the best on validation NDCG@10 (paper), or the last (public code)."""
+    refit: bool = False
+    """Train on the validation items, too, to the last epoch: with settings that were chosen on validation before."""
     evaluate_every: int = 10
     """Epochs between validations, each with a checkpoint."""
 

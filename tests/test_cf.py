@@ -146,6 +146,18 @@ def test_a_fifth_model_is_one_file(tmp_path):
             train(dataclasses.replace(config, model=str(other)), data, tmp_path / "cf2")
 
 
+def test_a_refitted_model_learns_from_validation_items_and_is_not_validated(tmp_path):
+    data, console = tiny.dataset(tmp_path / "d"), Console(quiet=True)
+    one = jax.devices()[:1]
+    _, curves = cf.train_cf(
+        dataclasses.replace(tiny.STAGE_0, refit=True), data, tmp_path / "cf", seed=0, devices=one, console=console
+    )
+    assert "loss" in curves
+    assert "ndcg@10" not in curves
+    plain, more = (cf.training_data(data, refit) for refit in (False, True))
+    assert int((more["end"] - more["start"]).sum() - (plain["end"] - plain["start"]).sum()) == data.n_users
+
+
 # ---------------------------------------------------------------------------------------------------------- from files
 
 

@@ -138,9 +138,17 @@ def test_cold_users_by_the_rule_as_it_is_written(rows, k):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(0, 1000))
-def test_leave_one_out_never_leaks(tmp_path_factory, lengths, step):
-    """No validation or test item's POSITION is ever a window, a positive, or training history."""
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    st.integers(0, 1000),
+    st.booleans(),
+    st.sampled_from([None, 3]),
+)
+def test_leave_one_out_never_leaks(tmp_path_factory, lengths, step, refit, crop):
+    """No validation or test item's POSITION is ever a window, a positive, or training history.
+
+    Where the model is refitted, a validation item's may be.
+    """
     if max(lengths) < 4:
         lengths = [*lengths, 4]
     total = sum(lengths)
@@ -160,8 +168,10 @@ def test_leave_one_out_never_leaks(tmp_path_factory, lengths, step):
     )
     import jax
 
-    held = set(data.targets("test")[1:].tolist()) | set(data.targets("validation")[1:].tolist())
-    rows = batches.training_rows(jax.random.key(0), step, 16, training_data(data), 5)
+    held = set(data.targets("test")[1:].tolist())
+    if not refit:
+        held |= set(data.targets("validation")[1:].tolist())
+    rows = batches.training_rows(jax.random.key(0), step, 16, training_data(data, refit), 5, 1, crop)
     users, windows, positives, negatives = (np.asarray(part) for part in rows)
     negatives = negatives[..., 0]
     held.discard(0)
@@ -172,7 +182,8 @@ def test_leave_one_out_never_leaks(tmp_path_factory, lengths, step):
     assert (owner[positives[real] - 1] == np.repeat(users[:, None], 5, 1)[real]).all()
     n_train = data.n_train
     for user, row in zip(users.tolist(), negatives.tolist(), strict=True):
-        trained = set(range(offsets[user] + 1, offsets[user] + n_train[user] + 1))
+        last = offsets[user] + n_train[user] + (refit and data.has_target("validation")[user])
+        trained = set(range(offsets[user] + 1, last + 1))
         assert not trained & set(row)
     for split in ("train", "validation", "test"):
         for user in np.flatnonzero(data.has_target(split)).tolist():

@@ -219,22 +219,25 @@ def initial_state(key: jax.Array, c: Any, optimiser: optax.GradientTransformatio
     return create(tree | {"E": table.padded(tree["E"])}, optimiser)
 
 
-def training_data(dataset: Dataset) -> dict[str, Any]:
+def training_data(dataset: Dataset, refit: bool = False) -> dict[str, Any]:
     """The device arrays that `make_epoch` reads.
+
+    Args:
+      refit: whether validation items are training items, too.
 
     Raises:
       UserError: if no user has two training items.
     """
-    users = np.flatnonzero(dataset.n_train > 1)
+    ends = dataset.history_end("test") if refit else dataset.offsets[:-1] + dataset.n_train
+    users = np.flatnonzero(ends - dataset.offsets[:-1] > 1)
     if not len(users):
         raise UserError(f"{dataset.name}: no user has two training items, so there is nothing to train on")
-    start = dataset.offsets[users]
     return {
         "items": jnp.asarray(dataset.items),
-        "start": jnp.asarray(start, jnp.int32),
-        "end": jnp.asarray(start + dataset.n_train[users], jnp.int32),
+        "start": jnp.asarray(dataset.offsets[users], jnp.int32),
+        "end": jnp.asarray(ends[users], jnp.int32),
         "users": jnp.asarray(users, jnp.int32),
-        "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
+        "seen": batches.seen_items(*dataset.distinct("validation" if refit else "train"), dataset.n_items),
     }
 
 
@@ -332,7 +335,7 @@ def train_cf(
     """
     if config.model == "given":
         return given_cf(config, dataset, folder), {}
-    c, data = configure(config, dataset), training_data(dataset)
+    c, data = configure(config, dataset), training_data(dataset, config.refit)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
     adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
@@ -340,7 +343,7 @@ def train_cf(
     state = initial_state(init_key, c, optimiser)
     steps = max(1, dataset.n_users // config.batch)
     devices = mesh.data_devices(config.batch, devices, shards)
-    lengths = dataset.n_train[dataset.n_train > 1] - 1
+    lengths = np.asarray(data["end"] - data["start"] - 1)
     epoch = make_epoch(
         c,
         optimiser,
@@ -355,8 +358,8 @@ def train_cf(
         tiers=batches.length_tiers(lengths, c.maxlen, config.batch, tier_multiple(config.batch, len(devices))),
         how=how,
     )
-    validate = make_validation(c, dataset, validation_key)
-    checkpoints = Checkpoints(folder, best_metric="ndcg@10")
+    validate = None if config.refit else make_validation(c, dataset, validation_key)
+    checkpoints = Checkpoints(folder, best_metric="ndcg@10" if validate else None)
     try:
         state, curves = loop.run(
             lambda s, _: epoch(s, data, step_key),
@@ -369,11 +372,11 @@ def train_cf(
             log_every=min(10, config.evaluate_every),
             save_every=config.evaluate_every,
             step_name="epoch",
-            evaluate=lambda s: validate(s.params),
+            evaluate=validate and (lambda s: validate(s.params)),
             console=console,
             logs=folder / "logs",
         )
-        if config.select == "best":
+        if config.select == "best" and validate:
             restored = checkpoints.restore(state, best=True, warn=lambda text: say(console or Console(), text))
             if restored is not None:
                 state = restored[1]
