@@ -72,9 +72,11 @@ class CF:
     """Epochs between validations, each with a checkpoint."""
 
 
-BEST_CF = CF(width=128, loss="softmax", negatives=1024, weight_decay=1.0, crop=True)
-"""The `best` recipe of stage 0: chosen on validation, on two data sets (docs/results.md); epochs and dropout are the
-data set's."""
+BEST_CF = CF(
+    width=128, loss="softmax", negatives=1024, weight_decay=1.0, crop=True, refit=True, select="last", evaluate_every=20
+)
+"""The `best` recipe of stage 0: everything, epochs and dropout of a data set included, was chosen on validation items;
+then these are trained on, too (docs/results.md)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SASRec on the paper's Beauty with the `best` recipe: settings beyond the paper's, chosen on validation.
+"""SASRec on the paper's Beauty with the `best` recipe: chosen on validation items, then trained on them, too.
 
     allmrec train cf --config beauty_best --workdir runs/beauty_best
 

@@ -1,4 +1,4 @@
-"""SASRec on MovieLens 100K with the `best` recipe: settings beyond the paper's, chosen on validation.
+"""SASRec on MovieLens 100K with the `best` recipe: chosen on validation items, then trained on them, too.
 
     allmrec train cf --config ml100k_best --workdir runs/ml100k_best
 
