@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from rich.console import Console
@@ -180,10 +181,15 @@ def make_epoch(
 
     if shards == 1:
         return mesh.map_over_data(epoch, devices, batched=(False, False, False), how=how, donate=(0,))
-    whole = jax.eval_shape(lambda: initial_state(jax.random.key(0), c, optimiser))
-    specs = jax.tree_util.tree_map_with_path(lambda path, _: P(table.AXIS) if table.is_table(path) else P(), whole)
+    specs = _specs(c, optimiser)
     grid = mesh.make_mesh(model=shards, devices=devices)
     return mesh.map_over(epoch, grid, (specs, P(), P()), (specs, P()), (0,))
+
+
+def _specs(c: Any, optimiser: optax.GradientTransformation) -> State:
+    """How a state whose E is cut by rows lies on a mesh."""
+    state = jax.eval_shape(lambda: initial_state(jax.random.key(0), c, optimiser))
+    return jax.tree_util.tree_map_with_path(lambda path, _: P(table.AXIS) if table.is_table(path) else P(), state)
 
 
 def check_objective(
@@ -217,6 +223,17 @@ def initial_state(key: jax.Array, c: Any, optimiser: optax.GradientTransformatio
     """Where training starts; E is filled up to a number of rows that devices can share."""
     tree = params.init(key, collaborative.module_of(c).describe(c))
     return create(tree | {"E": table.padded(tree["E"])}, optimiser)
+
+
+def _placed_state(
+    key: jax.Array, c: Any, optimiser: optax.GradientTransformation, devices: Sequence[Any], shards: int
+) -> State:
+    """`initial_state`; where E is cut by rows no device ever holds the whole of it."""
+    if shards == 1:
+        return initial_state(key, c, optimiser)
+    grid = mesh.make_mesh(model=shards, devices=devices)
+    where = jax.tree.map(lambda spec: NamedSharding(grid, spec), _specs(c, optimiser))
+    return jax.jit(lambda key: initial_state(key, c, optimiser), out_shardings=where)(key)
 
 
 def training_data(dataset: Dataset, refit: bool = False) -> dict[str, Any]:
@@ -340,9 +357,9 @@ def train_cf(
     init_key, step_key, validation_key = jax.random.split(key, 3)
     adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
     optimiser = optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
-    state = initial_state(init_key, c, optimiser)
     steps = max(1, dataset.n_users // config.batch)
     devices = mesh.data_devices(config.batch, devices, shards)
+    state = _placed_state(init_key, c, optimiser, devices, shards)
     lengths = np.asarray(data["end"] - data["start"] - 1)
     epoch = make_epoch(
         c,
