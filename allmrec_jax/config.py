@@ -330,6 +330,7 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
             "in [0, 1] (0 with cf.loss softmax)",
         ),
         ("cf.weight_decay", values["cf.weight_decay"] >= 0, "at least 0"),
+        ("cf.l2_emb", values["cf.l2_emb"] >= 0, "at least 0"),
         ("cf.file", values["cf.model"] != "given" or bool(values["cf.file"]), "a file, with cf.model given"),
         ("cf.dropout", 0 <= values["cf.dropout"] < 1, "in [0, 1)"),
         (

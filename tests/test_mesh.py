@@ -94,7 +94,7 @@ def test_all_items_need_the_whole_table_on_each_device(epoch):
             epoch("shard_map", 2, **options, **wrong)
     for devices, shards in ((6, 3), (5, 2)):  # no power of two; not a divisor of the devices
         with pytest.raises(UserError, match=f"devices.items is {shards}"):
-            epoch("shard_map", devices, shards=shards, tiers=())
+            epoch("shard_map", devices, shards=shards, tiers=(), l2_emb=0.0)
 
 
 def test_each_device_holds_its_own_rows_of_a_table_cut_by_rows(tmp_path):

@@ -72,4 +72,4 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:
-        raise UserError(f"{path} cannot be read as .npz or .safetensors ({error})") from error
+        raise UserError(f"{path} cannot be read: it is no .npz or .safetensors of plain numbers") from error
