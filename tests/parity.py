@@ -7,6 +7,9 @@ import numpy as np
 import torch
 
 from allmrec_jax.models import params
+from allmrec_jax.torch_baseline.weights import load
+
+__all__ = ["assert_trees_close", "gradients_of", "load", "randomised", "weights_of"]
 
 
 def randomised(key: jax.Array, description: Any, spread: float = 0.1) -> Any:
@@ -17,13 +20,6 @@ def randomised(key: jax.Array, description: Any, spread: float = 0.1) -> Any:
     return jax.tree.unflatten(
         structure, [x + spread * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     )
-
-
-def load(module: torch.nn.Module, description: Any, tree: Any, **more: np.ndarray) -> torch.nn.Module:
-    """`module` with our weights: every name of its state_dict must be there, and no other."""
-    tensors = params.to_torch(description, tree) | more
-    module.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=True)
-    return module
 
 
 def weights_of(module: torch.nn.Module, description: Any) -> Any:

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from allmrec_jax.config import CF, Experiment, check
 from allmrec_jax.data.dataset import Dataset
-from allmrec_jax.data.writer import write_dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import cf as evaluation
 from allmrec_jax.training import cf
@@ -23,19 +22,7 @@ SMALL = CF(width=8, blocks=1, maxlen=1, batch=4, epochs=1, evaluate_every=1, dro
 def odd_dataset(path) -> Dataset:
     """Users of one item, of two, and of all six there are: fewer items than candidates."""
     sequences = [[1], [2, 3], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [3, 3, 3], [2, 4, 6]]
-    return write_dataset(
-        path,
-        name="odd",
-        items=np.concatenate(sequences),
-        offsets=np.concatenate([[0, 0], np.cumsum([len(s) for s in sequences])]),
-        times=None,
-        ratings=None,
-        user_keys=[f"u{user}" for user in range(len(sequences))],
-        item_keys=[f"i{item}" for item in range(6)],
-        titles=[f"Item {item}" for item in range(6)],
-        descriptions=[None] * 6,
-        categories=[[]] * 6,
-    )
+    return tiny.of_sequences(path, sequences, 6)
 
 
 def train(config: CF, data: Dataset, folder) -> cf.CFModel:

@@ -12,7 +12,7 @@ from parity import assert_trees_close, gradients_of, load, randomised, weights_o
 
 from allmrec_jax.data import batches, text_groups  # noqa: E402
 from allmrec_jax.models import alignment, text_encoder  # noqa: E402
-from allmrec_jax.torch_baseline.alignment import AutoEncoder, SentenceEncoder, losses, train_batch  # noqa: E402
+from allmrec_jax.torch_baseline.alignment import AutoEncoder, SentenceEncoder, in_transformers, losses, train_batch  # noqa: E402
 from allmrec_jax.training import align_step  # noqa: E402
 from allmrec_jax.training.state import create  # noqa: E402
 
@@ -92,19 +92,8 @@ def test_each_loss_and_its_gradients_are_equal(auto_encoders, which, recipe):
 
 @pytest.fixture(scope="module")
 def bert():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.BertConfig(
-        vocab_size=ENCODER.vocab_size,
-        hidden_size=ENCODER.hidden_size,
-        intermediate_size=ENCODER.intermediate_size,
-        num_hidden_layers=ENCODER.num_hidden_layers,
-        num_attention_heads=ENCODER.num_attention_heads,
-        max_position_embeddings=ENCODER.max_position_embeddings,
-        layer_norm_eps=ENCODER.layer_norm_eps,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.BertModel(config, add_pooling_layer=False)
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    return in_transformers(ENCODER)
 
 
 def _without_key_bias(tree):

@@ -16,7 +16,7 @@ from parity import assert_trees_close, gradients_of, load, randomised  # noqa: E
 
 from allmrec_jax.models import bert, text_encoder  # noqa: E402
 from allmrec_jax.models.bert import EncoderConfig  # noqa: E402
-from allmrec_jax.torch_baseline.alignment import SentenceEncoder  # noqa: E402
+from allmrec_jax.torch_baseline.alignment import SentenceEncoder, in_transformers  # noqa: E402
 from allmrec_jax.training.align import encode_items, item_texts  # noqa: E402
 
 TIME = 16
@@ -27,24 +27,6 @@ def tiny(architecture: str, heads: int = 2, eps: float = 1e-12, **change) -> Enc
     """Three layers, 24 wide; room for exactly `TIME` tokens."""
     c = EncoderConfig(50, 24, 40, 3, heads, layer_norm_eps=eps, architecture=architecture, **change)
     return replace(c, max_position_embeddings=TIME + c.first_position)
-
-
-def in_transformers(c: EncoderConfig) -> torch.nn.Module:
-    """The model that transformers has for it, without dropout."""
-    sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
-    if c.architecture == "distilbert":
-        config = transformers.DistilBertConfig(
-            **sizes,
-            dim=c.hidden_size,
-            hidden_dim=c.intermediate_size,
-            n_layers=c.num_hidden_layers,
-            n_heads=c.num_attention_heads,
-        )
-        return transformers.DistilBertModel(config).eval()
-    kinds = {"bert": ("BertConfig", "BertModel"), "mpnet": ("MPNetConfig", "MPNetModel")}
-    config, model = (getattr(transformers, name) for name in kinds[c.architecture])
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
-    return model(config(**sizes, **{name: getattr(c, name) for name in names}), add_pooling_layer=False).eval()
 
 
 class Pooled(torch.nn.Module):
@@ -84,7 +66,7 @@ def test_a_random_encoder_is_equal_in_value_and_gradient(batch, architecture, he
     description = bert.describe(c)
     tree = randomised(jax.random.key(heads), description)
     pooled = Pooled if pooling == "cls" else SentenceEncoder
-    theirs = pooled(load(in_transformers(c), description, tree), normalize=normalize).eval()
+    theirs = pooled(load(in_transformers(c).eval(), description, tree), normalize=normalize).eval()
     encoder = text_encoder.build(c, tree, None)
 
     @jax.jit
@@ -122,7 +104,7 @@ def test_dropout_falls_where_transformers_has_it(batch, architecture, rates):
     c = tiny(architecture, dropout=rates[0], attention_dropout=rates[1])
     description, draws = bert.describe(c), 600
     tree = randomised(jax.random.key(5), description, spread=0.4)  # attention's part of the sum must count
-    module = load(in_transformers(c), description, tree)
+    module = load(in_transformers(c).eval(), description, tree)
     of_weights = {"bert": "attention.self", "distilbert": "attention", "mpnet": "attention.attn"}[architecture]
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Dropout):

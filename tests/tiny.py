@@ -54,6 +54,17 @@ def dataset(path: Path, n_users: int = 30, n_items: int = N_ITEMS, seed: int = 0
     """Users of 3 to 12 distinct items, titled `Film 1`, `Film 2`, ...; the last item has neither title nor text."""
     random = np.random.default_rng(seed)
     sequences = [random.permutation(n_items)[: random.integers(3, 13)] + 1 for _ in range(n_users)]
+    return of_sequences(
+        path,
+        sequences,
+        n_items,
+        titles=[*(f"Film {item}" for item in range(1, n_items)), None],
+        descriptions=[*(f"Genre {item % 5}" for item in range(1, n_items)), None],
+    )
+
+
+def of_sequences(path: Path, sequences: Sequence[Sequence[int]], n_items: int, **texts: list[str | None]) -> Dataset:
+    """The users whose items these are, one sequence each; without texts where none are given."""
     return write_dataset(
         path,
         name="tiny",
@@ -61,10 +72,10 @@ def dataset(path: Path, n_users: int = 30, n_items: int = N_ITEMS, seed: int = 0
         offsets=np.concatenate([[0, 0], np.cumsum([len(s) for s in sequences])]),
         times=None,
         ratings=None,
-        user_keys=[f"u{user}" for user in range(1, n_users + 1)],
+        user_keys=[f"u{user}" for user in range(1, len(sequences) + 1)],
         item_keys=[f"i{item}" for item in range(1, n_items + 1)],
-        titles=[*(f"Film {item}" for item in range(1, n_items)), None],
-        descriptions=[*(f"Genre {item % 5}" for item in range(1, n_items)), None],
+        titles=texts.get("titles", [None] * n_items),
+        descriptions=texts.get("descriptions", [None] * n_items),
         categories=[[]] * n_items,
     )
 

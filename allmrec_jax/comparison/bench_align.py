@@ -145,36 +145,19 @@ class _Theirs:
 
     def __init__(self, world: _World, config: Alignment, *, frozen: bool):
         import torch
-        from transformers import BertConfig, BertModel
 
-        from allmrec_jax.torch_baseline.alignment import AutoEncoder, SentenceEncoder
+        from allmrec_jax.torch_baseline.alignment import AutoEncoder, SentenceEncoder, in_transformers
+        from allmrec_jax.torch_baseline.weights import load
 
         self.world, self.config, self.frozen, self.at, self.tokens = world, config, frozen, 0, 0
         self.drawn = world.batches(config, 1).drawn
-        bert = BertModel(
-            BertConfig(
-                vocab_size=ENCODER.vocab_size,
-                hidden_size=ENCODER.hidden_size,
-                intermediate_size=ENCODER.intermediate_size,
-                num_hidden_layers=ENCODER.num_hidden_layers,
-                num_attention_heads=ENCODER.num_attention_heads,
-                max_position_embeddings=ENCODER.max_position_embeddings,
-                hidden_dropout_prob=ENCODER.dropout,
-                attention_probs_dropout_prob=ENCODER.dropout,
-            ),
-            add_pooling_layer=False,
-        )
-
-        def load(module: Any, description: Any, tree: Any) -> Any:
-            weights = params.to_torch(description, jax.device_get(tree))
-            module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-            return module
-
         heads, joint = world.heads, config.joint
         self.f_I = load(AutoEncoder(D, joint), alignment.describe(D, joint), heads["f_I"])
         text = ENCODER.hidden_size
         self.f_T = load(AutoEncoder(text, joint), alignment.describe(text, joint), heads["f_T"])
-        self.encoder = SentenceEncoder(load(bert, describe(ENCODER), world.encoder.weights["weights"]))
+        self.encoder = SentenceEncoder(
+            load(in_transformers(ENCODER), describe(ENCODER), world.encoder.weights["weights"])
+        )
         self.encoder.train(not frozen)
         trained = [self.f_I, self.f_T, *([] if frozen else [self.encoder])]
         adam = {"lr": config.learning_rate, "betas": (0.9, 0.98)}

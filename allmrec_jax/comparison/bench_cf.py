@@ -44,18 +44,15 @@ def _sequences(users: int, n_items: int) -> tuple[np.ndarray, np.ndarray]:
 
 def bench_cf(repeats: int, console: Console) -> list[Row]:
     """All rows. Raises ImportError without PyTorch."""
-    import torch
-
     from allmrec_jax.torch_baseline.sasrec import SASRec
+    from allmrec_jax.torch_baseline.weights import load
 
     items, offsets = _sequences(USERS, ITEMS)
     ends = offsets[2:] - 2  # leave-one-out
     data, owned = training_arrays(items, offsets[1:-1], ends, ITEMS), owned_items(items, offsets[1:-1], ends)
     c = sasrec.SASRecConfig(ITEMS)
     tree = params.init(jax.random.key(SEED), sasrec.describe(c))
-    baseline = SASRec(c)
-    weights = params.to_torch(sasrec.describe(c), jax.device_get(tree))
-    baseline.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    baseline = load(SASRec(c), sasrec.describe(c), tree)
     train = _train(c, tree, data, ends - offsets[1:-1], baseline, items, offsets, ends, owned, repeats, console)
     evaluate = _evaluate(c, tree, baseline, items, offsets, ends, repeats, console)
     return [

@@ -15,7 +15,19 @@ from allmrec_jax.models import pickled
 BIN = "pytorch_model.bin"
 
 
-class SafeTensors(Mapping):
+class _Files(Mapping):
+    """Name -> tensor, over several files; `_where` says what holds each name."""
+
+    _where: dict[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+class SafeTensors(_Files):
     """Name -> tensor, over all `.safetensors` files of `folder`.
 
     Raises:
@@ -28,7 +40,7 @@ class SafeTensors(Mapping):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{folder} has a config.json but no .safetensors file")
-        self._where: dict[str, Any] = {}
+        self._where = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="flax")  # numpy has no bfloat16
@@ -42,14 +54,8 @@ class SafeTensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(self._where[name].get_tensor(name))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
 
-    def __len__(self) -> int:
-        return len(self._where)
-
-
-class PickledTensors(Mapping):
+class PickledTensors(_Files):
     """Name -> tensor, over files that `torch.save` wrote, each holding one table of tensors.
 
     Raises:
@@ -58,7 +64,7 @@ class PickledTensors(Mapping):
     """
 
     def __init__(self, files: Sequence[Path]):
-        self._where: dict[str, pickled.Tensor] = {}
+        self._where = {}
         for file in files:
             table = pickled.load(file)
             if not isinstance(table, dict):
@@ -72,12 +78,6 @@ class PickledTensors(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(self._where[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 class Renamed(Mapping):

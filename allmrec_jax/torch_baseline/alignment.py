@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allmrec_jax.models.bert import EncoderConfig
+
 
 class AutoEncoder(nn.Module):
     """f_I or f_T: width -> d' -> width. PyTorch's default initialisation is the paper's code's."""
@@ -26,6 +28,31 @@ class AutoEncoder(nn.Module):
     def decode(self, x: Float[Tensor, "batch joint"]) -> Float[Tensor, "batch width"]:
         """E' or Q'."""
         return self.fc2(x)
+
+
+def in_transformers(c: EncoderConfig) -> nn.Module:
+    """The model that transformers has for an encoder's config, in training mode, with new weights."""
+    import transformers
+
+    sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
+    attention_dropout = c.dropout if c.attention_dropout is None else c.attention_dropout
+    if c.architecture == "distilbert":
+        config = transformers.DistilBertConfig(
+            **sizes,
+            dim=c.hidden_size,
+            hidden_dim=c.intermediate_size,
+            n_layers=c.num_hidden_layers,
+            n_heads=c.num_attention_heads,
+            dropout=c.dropout,
+            attention_dropout=attention_dropout,
+        )
+        return transformers.DistilBertModel(config).train()
+    kinds = {"bert": ("BertConfig", "BertModel"), "mpnet": ("MPNetConfig", "MPNetModel")}
+    config, model = (getattr(transformers, name) for name in kinds[c.architecture])
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+    dropout = {"hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": attention_dropout}
+    sizes |= {name: getattr(c, name) for name in names}
+    return model(config(**sizes, **dropout), add_pooling_layer=False).train()
 
 
 class SentenceEncoder(nn.Module):

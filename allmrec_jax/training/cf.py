@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 from rich.console import Console
 
 from allmrec_jax.config import CF
@@ -31,7 +30,6 @@ from allmrec_jax.training import loop, mesh, table
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create, update
 
-Anywhere = Array | np.ndarray  # functions that take host and device arrays alike
 SEED_STREAM = 0  # folded into the experiment's seed, so that no two stages share random bits
 
 
@@ -80,8 +78,8 @@ def make_epoch(
       UserError: for an objective that these do not allow.
     """
     check_objective(c, objective, devices, batch=batch, l2_emb=l2_emb, lazy=lazy, shards=shards, how=how)
-    most = batch // len(devices) * c.maxlen * (2 + objective.each) + objective.shared
     per_device, model = batch // len(devices), collaborative.module_of(c)
+    most = per_device * c.maxlen * (2 + objective.each) + objective.shared
     axes: Any = (mesh.DATA, table.AXIS) if shards > 1 else mesh.DATA
     crop_at = c.maxlen if crop else None
     by_rows = lazy or shards > 1  # what goes between devices is rows' gradients, not E's
