@@ -223,4 +223,4 @@ def train(pipeline: Pipeline, stage: str) -> None:
         from allmrec_jax.evaluation.alignment import report
 
         folder, seed = pipeline.workdir / "align", pipeline.experiment.seed
-        report(pipeline.aligned, pipeline.dataset, folder, seed=seed, console=pipeline.console)
+        report(pipeline.aligned, pipeline.cf, pipeline.dataset, folder, seed=seed, console=pipeline.console)

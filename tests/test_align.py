@@ -5,14 +5,18 @@ import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from rich.console import Console
 
 from allmrec_jax.data import text_groups
+from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import alignment as quality
+from allmrec_jax.evaluation import embedding_only
+from allmrec_jax.models import alignment, params
 from allmrec_jax.training import align, align_step
 
 STILL = dataclasses.replace(tiny.STAGE_1, train_encoder=False, epochs=2, save_every=1)
@@ -199,15 +203,17 @@ def test_tables_are_kept_and_mixed_by_how_often_an_item_was_seen(data, tmp_path,
     np.testing.assert_allclose(mended.q, aligned.q, rtol=1e-6)
 
 
-def _aligned(e, q):
-    return align.Aligned(e, q, e, {})
+def _aligned(e, q, d=8):
+    f_I = params.init(jax.random.key(0), alignment.describe(d, e.shape[1]))
+    return align.Aligned(e, q, e, {"f_I": f_I})
 
 
 def test_retrieval_finds_an_item_s_own_e_and_a_collapse_is_said(data, tmp_path):
     random = np.random.default_rng(0)
     e = random.uniform(size=(data.n_items + 1, 6)).astype(np.float32)
     said = io.StringIO()
-    found = quality.report(_aligned(e, e + 1e-4), data, tmp_path, seed=0, console=Console(file=said, width=300))
+    cf, console = tiny.cf_model(), Console(file=said, width=300)
+    found = quality.report(_aligned(e, e + 1e-4, cf.config.width), cf, data, tmp_path, seed=0, console=console)
     assert found["retrieval"]["R@1"] == 1.0
     assert found["retrieval"]["n"] < data.n_items  # those that were never the next item
     assert not found["collapsed"]
@@ -221,6 +227,26 @@ def test_retrieval_finds_an_item_s_own_e_and_a_collapse_is_said(data, tmp_path):
     assert collapsed["collapsed"]
     assert collapsed["spread of q"] == 0
     assert collapsed["retrieval"]["R@1"] < 0.2  # one point for all is no retrieval
+
+
+def test_ranking_by_e_is_the_cf_model_s_where_the_decoder_gives_back_e_i(data):
+    cf, counts = tiny.cf_model(), data.train_counts()
+    d, E = cf.config.width, np.asarray(cf.E)
+    identity = {"encode": {}, "decode": {"kernel": jnp.eye(d), "bias": jnp.zeros(d)}}
+    q = -E  # the very last is first
+    aligned = align.Aligned(E, q, np.where((counts <= 5)[:, None], q, E), {"f_I": identity})
+    found = embedding_only.figures(aligned, cf, data, seed=0, candidates=6)
+    for models in found.values():
+        assert models["e"] == models["cf"]
+        assert models["q"]["mrr"] != models["e"]["mrr"]
+    users = {name: models["cf"]["mrr"]["n"] for name, models in found.items()}
+    seen = counts[data.targets("test")[data.has_target("test")]]
+    assert users["overall"] == users["at most 5 training interactions"] + users["more than 5"] == len(seen)
+    assert users["more than 5"] == (seen > 5).sum()
+    lists, column = draw_for_test(data, np.flatnonzero(data.has_target("test"))[:1], seed=0, count=6)
+    x_u = np.asarray(E[lists[0, column[0]]])[None]  # nearest to its own target
+    scores = embedding_only.score(aligned, cf, x_u, lists)
+    np.testing.assert_allclose(scores["q"], -scores["cf"], rtol=1e-5)
 
 
 def test_a_picture_is_coloured_by_categories_that_tell_items_apart():

@@ -61,6 +61,12 @@ def run():
         },
         "warnings": [f"few users {HOSTILE}"],
         "not_applicable": {"cold-users": "every user has 20 ratings"},
+        "alignment": {
+            "sentences": [f"e and q {HOSTILE}"],
+            "columns": {"cf": "CF model", "a-llmrec": "by e"},
+            "ranking": {"overall": summary},
+            "picture": b"\x89PNG",
+        },
     }
 
 
@@ -206,12 +212,12 @@ def test_hits_can_be_given_where_two_items_share_a_title():
 def test_page_loads_nothing(page):
     elements = Elements(page)
     for tag, attributes in elements.found:
-        assert tag not in {"script", "iframe", "object", "embed", "base", "form", "img"}
+        assert tag not in {"script", "iframe", "object", "embed", "base", "form"}
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name != "style"
             if name in {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}:
-                assert value == "data:,"
+                assert value == "data:," or (tag == "img" and value.startswith("data:image/png;base64,"))
     style = re.search(r"<style>(.*?)</style>", page, re.S).group(1)
     assert not re.search(r"url\(|@import|https?:|//", style)
     policy = next(a["content"] for t, a in elements.found if t == "meta" and "http-equiv" in a)
@@ -223,7 +229,7 @@ def test_page_escapes_what_strangers_wrote(page):
     assert "<script" not in page
     assert HOSTILE in elements.text
     assert elements.text.count(HOSTILE) > 10
-    assert "<img" not in page
+    assert page.count("<img") == 1  # the picture of stage 1
 
 
 def test_page_escapes_names_too(run, tmp_path):
@@ -233,7 +239,7 @@ def test_page_escapes_names_too(run, tmp_path):
     report.write_report(path, **run | {"scenarios": {HOSTILE: scenario}, "about": about})
     page = path.read_text("utf-8")
     assert "<script" not in page
-    assert "<img" not in page
+    assert page.count("<img") == 1  # the picture of stage 1
     assert Elements(page).open == []
 
 

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from allmrec_jax.data.batches import Seen, draw_distinct
+from allmrec_jax.data.batches import Seen, draw_distinct, seen_items
+from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
+
+SEED_STREAM = 3  # of tests: folded into the experiment's seed, so that no two stages share random bits
 
 
 @partial(jax.jit, static_argnames="count")
@@ -53,3 +56,15 @@ def draw_candidates(
         )
     candidates, column = _draw(key, step, jnp.asarray(rows), jnp.asarray(users), jnp.asarray(targets), seen, count)
     return np.asarray(candidates), np.asarray(column)
+
+
+def draw_for_test(
+    dataset: Dataset, users: Int[np.ndarray, " users"], *, seed: int, count: int
+) -> tuple[Int[np.ndarray, "users count"], Int[np.ndarray, " users"]]:
+    """As `draw_candidates`: each user's test item among items that the user never interacted with.
+
+    A user's candidates do not depend on who else is tested.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
+    seen = seen_items(*dataset.distinct("test"), dataset.n_items)
+    return draw_candidates(key, 0, users, users, dataset.targets("test")[users], seen, count)

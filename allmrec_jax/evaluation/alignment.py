@@ -1,4 +1,4 @@
-"""What stage 1 is for, in figures: whether e and q still tell items apart, and how close an item's own two are.
+"""What stage 1 is for, in figures: whether e and q tell items apart, how close an item's own two are, how each ranks.
 
 And a picture: both in the plane of their two main directions, coloured by category.
 """
@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.evaluation import embedding_only
 from allmrec_jax.files import write_atomically
+from allmrec_jax.models.cf_model import CFModel
 from allmrec_jax.progress import say
 from allmrec_jax.training.align import Aligned
 from allmrec_jax.training.checkpoint import write_json
@@ -23,6 +25,8 @@ SAMPLE = 1000  # items whose pairs are measured, and items drawn in the picture
 NEAREST = (1, 10)
 COLLAPSED = 1e-3  # of the greatest distance there is between two points of (0, 1)^d', sqrt(d')
 CATEGORIES = 8  # with a colour of their own
+PICTURE = "embeddings.png"
+RANKED = {"cf": "CF model", "e": "by e", "q": "by q", "mixed": "by q up to 5, else e"}
 
 
 def spread(table: Float[np.ndarray, "items joint"]) -> float:
@@ -83,26 +87,44 @@ def figures(aligned: Aligned, dataset: Dataset, *, seed: int) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Prints the figures in three lines, and a warning where an embedding has collapsed."""
+def sentences(found: dict[str, Any]) -> list[str]:
+    """The figures in words, with a warning where an embedding has collapsed."""
     retrieval = found["retrieval"]
-    say(
-        console,
-        f"alignment: two items' e are {found['spread of e']:.3g} apart on average, two items' q "
-        f"{found['spread of q']:.3g}, an item's own e and q {found['own distance']:.3g}",
-    )
     hits = ", ".join(
         f"R@{k} {retrieval[f'R@{k}']:.3f} (by chance {retrieval[f'R@{k} by chance']:.3g})" for k in NEAREST
     )
-    say(
-        console,
-        f"alignment: the nearest e to an item's q, among {retrieval['among']:,}, is its own: {hits}; "
-        f"asked of {retrieval['n']:,} {retrieval['of']}",
-    )
+    told = [
+        f"two items' e are {found['spread of e']:.3g} apart on average, two items' q {found['spread of q']:.3g}, an "
+        f"item's own e and q {found['own distance']:.3g}",
+        f"the nearest e to an item's q, among {retrieval['among']:,}, is its own: {hits}; asked of "
+        f"{retrieval['n']:,} {retrieval['of']}",
+    ]
     if found["collapsed"]:
-        say(
-            console, "alignment: warning: e or q of all items are nearly the same; keep L_item and L_text (align.alpha)"
-        )
+        told.append("warning: e or q of all items are nearly the same; keep L_item and L_text (align.alpha)")
+    return told
+
+
+def table(found: dict[str, Any]) -> Any:
+    """How the embeddings rank without a language model, for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table("test items", "users", *RANKED.values(), box=box.SIMPLE_HEAD, title_justify="left")
+    shown.title = "Hit@1 among 20 by stage 1's embeddings, without an LLM"
+    for scenario, models in found["ranking"].items():
+        cells = [f"{of['value']:.3f} ({of['low']:.3f}-{of['high']:.3f})" for of in _hits(models)]
+        shown.add_row(scenario, f"{models['cf']['hit@1']['n']:,}", *cells)
+    return shown
+
+
+def for_page(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `report.write_report` shows of `report`'s figures and picture."""
+    picture = (folder / PICTURE).read_bytes()
+    return {"sentences": sentences(found), "columns": RANKED, "ranking": found["ranking"], "picture": picture}
+
+
+def _hits(models: dict[str, Any]) -> list[dict[str, float]]:
+    return [models[name]["hit@1"] for name in RANKED]
 
 
 def main_categories(categories: list[list[str]], most: int = CATEGORIES) -> list[str]:
@@ -147,11 +169,16 @@ def draw(aligned: Aligned, dataset: Dataset, path: Path, *, seed: int) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def report(aligned: Aligned, dataset: Dataset, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+def report(
+    aligned: Aligned, cf: CFModel, dataset: Dataset, folder: Path, *, seed: int, console: Console
+) -> dict[str, Any]:
     """Writes metrics.json and embeddings.png into `folder`, and prints the figures."""
     found = figures(aligned, dataset, seed=seed)
+    found["ranking"] = embedding_only.figures(aligned, cf, dataset, seed=seed)
     write_json(folder / "metrics.json", found)
-    show(found, console)
-    draw(aligned, dataset, folder / "embeddings.png", seed=seed)
-    say(console, f"alignment: written {folder / 'metrics.json'} and {folder / 'embeddings.png'}")
+    for sentence in sentences(found):
+        say(console, f"alignment: {sentence}")
+    console.print(table(found))
+    draw(aligned, dataset, folder / PICTURE, seed=seed)
+    say(console, f"alignment: written {folder / 'metrics.json'} and {folder / PICTURE}")
     return found

@@ -16,16 +16,14 @@ import numpy as np
 from rich.console import Console
 
 from allmrec_jax.config import as_dict
-from allmrec_jax.data import batches
-from allmrec_jax.data.candidates import draw_candidates
+from allmrec_jax.data.candidates import SEED_STREAM, draw_for_test
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import metrics, report
+from allmrec_jax.evaluation import alignment, metrics, report
 from allmrec_jax.evaluation.rank import score_users
 from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training.cf import name_of
 from allmrec_jax.training.checkpoint import claim_folder
 
-SEED_STREAM = 3
 ORDER = ("popularity", "cf", "llm-only", "a-llmrec", "fused")
 PAIRS = (("a-llmrec", "llm-only"), ("a-llmrec", "cf"), ("a-llmrec", "popularity"), ("fused", "cf"))
 
@@ -52,10 +50,7 @@ def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarra
     pipeline.heads  # noqa: B018
     claim_folder(folder, pipeline.identity("evaluation"))
     users = test_users(pipeline)
-    key = jax.random.fold_in(jax.random.key(x.seed), SEED_STREAM)
-    seen = batches.seen_items(*dataset.distinct("test"), dataset.n_items)
-    # The row of the draw is the user, so a user's candidates do not depend on who else is tested.
-    candidates, column = draw_candidates(key, 0, users, users, dataset.targets("test")[users], seen, config.candidates)
+    candidates, column = draw_for_test(dataset, users, seed=x.seed, count=config.candidates)
     ends = dataset.history_end("test")[users]
     x_u = pipeline.cf.x_u(dataset.windows(ends, x.cf.maxlen, users), users)
     histories = [row[row != 0] for row in dataset.windows(ends, prompt.history, users)]
@@ -97,6 +92,14 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     x = pipeline.experiment
     start = time.perf_counter()
     users, candidates, column, scores = score_overall(pipeline)
+    stage_1 = alignment.report(
+        pipeline.aligned,
+        pipeline.cf,
+        pipeline.dataset,
+        pipeline.workdir / "align",
+        seed=x.seed,
+        console=pipeline.console,
+    )
     seconds = {**pipeline.seconds, "evaluation": time.perf_counter() - start - sum(pipeline.seconds.values())}
     options = {"seed": x.seed, "resamples": x.evaluation.resamples}
     scenario = metrics.summarise(scores, column, **options)
@@ -116,6 +119,7 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     results = {
         "scenarios": {"overall": {name: scenario[name] for name in ORDER}},
         "differences": {"overall": differences},
+        "alignment": stage_1,
         "examples": examples,
         "curves": pipeline.curves,
         "conclusion": conclude(pipeline, scenario, differences),
@@ -141,6 +145,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         },
         about=about,
         warnings=[],
+        alignment=alignment.for_page(results["alignment"], workdir / "align"),
     )
     rest = {k: v for k, v in results.items() if k != "scenarios"}
     report.write_metrics(workdir / "metrics.json", results["scenarios"], **rest)

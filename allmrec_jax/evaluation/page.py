@@ -4,6 +4,7 @@ The page loads nothing, from the network or from disk: the style sheet and the c
 security policy forbids everything else. Every text that comes from outside (titles, names, settings) is escaped.
 """
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -37,6 +38,10 @@ HOW_TO_COMPARE = (
     "above. In parentheses: the 95 % bootstrap interval. p: two-sided, from a paired sign-flip permutation test; no "
     "correction for looking at several pairs."
 )
+HOW_TO_ALIGN = (
+    "Hit@1 among 20 candidates, of all test users, without a language model: f_I's decoder takes an item's e (from the "
+    "CF model) or q (from its text) back to where the CF model's items stand. In the picture e and q are in one plane."
+)
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -64,6 +69,7 @@ def render(
     about: Mapping[str, Any],
     warnings: Sequence[str],
     not_applicable: Mapping[str, str],
+    alignment: Mapping[str, Any] | None,
 ) -> str:
     """The whole page. The arguments are those of `report.write_report`, as plain values."""
     labels = model_labels(about)
@@ -81,6 +87,8 @@ def render(
         parts.append(f"<section><h2>{_heading(name)}</h2><p>Not applicable: {_text(reason)}</p></section>")
     if examples:
         parts.append(f"<section><h2>Example users</h2>{''.join(_example(e, labels) for e in examples)}</section>")
+    if alignment:
+        parts.append(_alignment(**alignment))
     if curves:
         parts.append(f"<section><h2>Training</h2>{''.join(_stage(*stage) for stage in curves.items())}</section>")
     parts.append(_facts(about))
@@ -205,6 +213,19 @@ def _example(example: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         f'<div class="halves"><div><h4>History, oldest first</h4><ol>{history}</ol></div>'
         f"<div><h4>First choice of each model</h4><table>{''.join(rows)}</table></div></div></article>"
     )
+
+
+def _alignment(sentences: Sequence[str], columns: Mapping[str, str], ranking: Mapping[str, Any], picture: bytes) -> str:
+    """What stage 1 by itself is worth."""
+    told = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    rows = []
+    for scenario, models in ranking.items():
+        cells = "".join(_cell(models[name]["hit@1"]) for name in columns)
+        users = f'<span class="key">{models["cf"]["hit@1"]["n"]:,} users</span>'
+        rows.append(f'<tr role="row"><th role="rowheader" scope="row">{_text(scenario)}{users}</th>{cells}</tr>')
+    table = _wide("Ranking by embeddings", ["Test items", *columns.values()], rows, HOW_TO_ALIGN) if rows else ""
+    image = f'<img alt="e and q of items in one plane" src="data:image/png;base64,{b64encode(picture).decode()}">'
+    return f"<section><h2>Joint embeddings of stage 1</h2><ul>{told}</ul>{table}{image}</section>"
 
 
 def _stage(stage: str, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> str:

@@ -58,6 +58,7 @@ def write_report(
     about: Mapping[str, Any],
     warnings: Sequence[str],
     not_applicable: Mapping[str, str] | None = None,
+    alignment: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the evaluation as one HTML page that needs no other file and no network, atomically.
 
@@ -74,6 +75,8 @@ def write_report(
             seconds}). "data_name" and "date" stand under the title.
         warnings: sentences the reader must see before the figures.
         not_applicable: {NAME: reason} for the scenarios that this data cannot support.
+        alignment: stage 1 by itself: "sentences", "ranking" {scenario: {MODEL: ...}} with its "columns" {MODEL: label},
+            and "picture", a PNG.
     """
     from allmrec_jax.evaluation.page import render
 
@@ -87,6 +90,7 @@ def write_report(
         about=plain(about),
         warnings=warnings,
         not_applicable=not_applicable or {},
+        alignment=alignment,
     )
     with write_atomically(path) as file:
         file.write(page.encode())
