@@ -388,6 +388,7 @@ def train_cf(
             save_every=config.evaluate_every,
             step_name="epoch",
             evaluate=validate and (lambda s: validate(s.params)),
+            evaluated_on="validation, 100 negatives",
             console=console,
             logs=folder / "logs",
         )

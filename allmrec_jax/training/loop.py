@@ -37,6 +37,7 @@ def run(
     save_every: int,
     step_name: str = "step",
     evaluate: Callable[[Any], dict[str, float]] | None = None,
+    evaluated_on: str = "validation",
     console: Console | None = None,
     logs: Path | None = None,
 ) -> tuple[Any, Curves]:
@@ -49,6 +50,7 @@ def run(
 
     Args:
       step_name: what the user calls a step of this loop; `epoch` where it makes several optimiser steps.
+      evaluated_on: what `evaluate`'s figures are of, for whoever watches.
 
     Raises:
       UserError: if a metric or the state is not finite; it names the step and the last good checkpoint.
@@ -123,11 +125,11 @@ def run(
                     bar.update(i)
                 if save_now:
                     found = evaluate(state) if evaluate is not None else {}
-                    for name, value in found.items():
+                    for k, (name, value) in enumerate(found.items()):
                         if not math.isfinite(value):
                             raise stop(f"{name} is {value}", f"after {step_name} {done}")
                         record(name, done, value)
-                    shown |= found
+                        shown[name if k else f"{evaluated_on}: {name}"] = value
                     bar.update(done, notes())
                     if not all_finite(state):
                         raise stop("the weights are not finite", f"after {step_name} {done}")
