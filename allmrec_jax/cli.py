@@ -8,20 +8,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import glob
 import importlib.util
-import io
 import itertools
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from allmrec_jax import __version__, cli_data
-from allmrec_jax.config import Experiment, check, from_dict, load_config
+from allmrec_jax import __version__, cli_data, cli_fields
+from allmrec_jax.config import Experiment, config_names, from_dict, load_config
 from allmrec_jax.errors import UserError
 
 ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
@@ -35,57 +33,23 @@ def choose_platform() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def field_types(config: Any = Experiment, prefix: str = "") -> list[str]:
-    """Every field of the experiment as the command line names it, such as `cf.epochs`."""
-    names = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name, None) if not isinstance(config, type) else None
-        inner = value if value is not None else field.default_factory if callable(field.default_factory) else None
-        if inner is not None and dataclasses.is_dataclass(inner):
-            names += field_types(inner, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
+STAGES = {
+    "cf": "stage 0: the collaborative filtering model: SASRec, GRU4Rec, NextItNet, NCF, or one of yours",
+    "align": "stage 1: f_I, f_T and the sentence encoder",
+    "llm": "stage 2: F_U and F_I through the frozen LLM",
+}
 
 
-def override(experiment: Experiment, arguments: list[str], *, prog: str) -> Experiment:
-    """`experiment` with `--any.field value` applied.
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are one line, as all of ours."""
 
-    Raises:
-      UserError: for a field that does not exist, or a value that it cannot take.
-    """
-    known = field_types(experiment)
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        plain = name.replace(".no_", ".") if name not in known else name
-        if argument.startswith("--") and plain not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean --{close[0]}?" if close else ""
-            raise UserError(f"there is no config field {argument.split('=')[0]}{hint} (`{prog} --help` lists them)")
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            changed = tyro.cli(Experiment, default=experiment, args=arguments, prog=prog)
-    except SystemExit as stop:
-        lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
-        reason = " ".join(line for line in lines if line and "help" not in line.lower() and "Parsing error" not in line)
-        raise UserError(f"{' '.join(arguments)}: {reason[:300]}") from stop
-    return check(changed)
-
-
-def fields_help(experiment: Experiment, prog: str) -> None:
-    """Prints every config field with its meaning and present value."""
-    import tyro
-
-    with contextlib.suppress(SystemExit):
-        tyro.cli(Experiment, default=experiment, args=["--help"], prog=f"{prog} ...")
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` explains")
 
 
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="allmrec",
         description="A-LLMRec in JAX: recommendation with collaborative filtering and a frozen large language model.",
         epilog="Begin with `allmrec demo`: data, training and evaluation end to end, in about 20 minutes on a laptop.",
@@ -97,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str, more: str = "", group: Any = commands) -> argparse.ArgumentParser:
         return group.add_parser(name, help=text, description=f"{text}\n{more}", formatter_class=raw)
 
-    overrides = "\nAny field of the config may be overridden: --cf.epochs 50 --llm.learning-rate 1e-3. Fields:\n"
+    overrides = "\nAny field of the config may be overridden: --cf.epochs 50 --llm.learning-rate 1e-3"
 
     demo = command(
         "demo",
@@ -111,17 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     cli_data.add_commands(command)
 
     def with_config(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--config", required=True, help="a Python config file, or the name of one: demo, ml100k")
+        parser.add_argument(
+            "--config", required=True, help=f"a Python config file, or the name of one: {', '.join(config_names())}"
+        )
         parser.add_argument("--workdir", type=Path, required=True, help="where checkpoints and results are kept")
 
     train = command(
         "train",
         "Train one stage, and what it builds on where that is missing.",
-        "\n  cf     stage 0: the collaborative filtering model (SASRec)"
-        "\n  align  stage 1: f_I, f_T and the sentence encoder"
-        "\n  llm    stage 2: F_U and F_I through the frozen LLM\n" + overrides,
+        "".join(f"\n  {stage:6} {what}" for stage, what in STAGES.items())
+        + "\n"
+        + overrides
+        + "\n`allmrec train cf --help` lists those of a stage.\n",
     )
-    train.add_argument("stage", choices=("cf", "align", "llm"))
+    train.add_argument("stage", choices=STAGES)
     with_config(train)
     run = command("run", "All stages and the evaluation; picks up where it stopped.", overrides)
     with_config(run)
@@ -158,6 +125,16 @@ def opened(workdir: Path) -> Experiment:
         raise UserError(f"{path} is damaged ({error}); restore it or train into another --workdir") from error
 
 
+def check_names(experiment: Experiment, stage: str) -> None:
+    """Raises `UserError` for weights that do not exist, before anything is trained that needs none."""
+    from allmrec_jax.data.sources import check_weights
+
+    if stage != "cf":
+        check_weights("align.encoder", experiment.align.encoder, "encoder")
+    if stage == "llm":
+        check_weights("llm.llm", experiment.llm.llm, "llm")
+
+
 def pipeline_of(experiment: Experiment, workdir: Path) -> Any:
     from rich.console import Console
 
@@ -192,6 +169,8 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
     workdir = getattr(arguments, "workdir", None)
     if workdir is not None and re.match(r"^[a-z0-9]+:/", str(workdir)):
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
+    if workdir is not None and workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
     if arguments.command not in ("train", "run") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
@@ -202,7 +181,10 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
     elif arguments.command == "bench":
         cli_data.run_bench(arguments)
     elif arguments.command in ("train", "run"):
-        experiment = override(load_config(arguments.config), rest, prog=f"allmrec {arguments.command}")
+        stage = getattr(arguments, "stage", "llm")
+        prog = " ".join(["allmrec", arguments.command, *[stage] * (arguments.command == "train")])
+        experiment = cli_fields.override(load_config(arguments.config), rest, prog=prog)
+        check_names(experiment, stage)
         if arguments.command == "run":
             run_all(experiment, arguments.workdir)
         else:
@@ -235,15 +217,23 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"allmrec: {error.filename or 'the system says'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except SystemExit as stop:  # argparse: --help is 0, a mistake in the arguments is the user's
+    except SystemExit as stop:  # argparse's --help and --version
         return 0 if stop.code in (0, None) else 1
     return 0
 
 
 def _teach(argv: list[str]) -> int:
-    """`--help` of a command that takes config fields: its own help, then every field with its value."""
+    """`--help` of a command that takes config fields: its own help, then the fields that matter to it."""
     with contextlib.suppress(SystemExit):
         build_parser().parse_args([argv[0], "--help"])
-    config = next((after for before, after in itertools.pairwise(argv) if before == "--config"), None)
-    fields_help(load_config(config) if config else Experiment(), f"allmrec {argv[0]}")
+    stage = next((stage for stage in STAGES if stage in argv), None)
+    parts = [field.name for field in dataclasses.fields(Experiment)]
+    if argv[0] == "train":
+        if stage is None:
+            return 0
+        parts = [part for part in parts if part in ("seed", "data", stage, "devices")]
+    name = next((after for before, after in itertools.pairwise(argv) if before == "--config"), None)
+    prog = " ".join(["allmrec", argv[0], *[stage] * (argv[0] == "train")])
+    where = f"in {name}" if name else "in the paper's recipe (--config NAME shows those of another)"
+    cli_fields.fields_help(load_config(name) if name else Experiment(), prog, parts, where)
     return 0

@@ -355,6 +355,11 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def config_names() -> list[str]:
+    """Of the configs that come with the project."""
+    return sorted(path.stem for path in config_folder().glob("*.py"))
+
+
 def load_config(name: str) -> Experiment:
     """The experiment of a config file: a path, or the bare name of one that comes with the project.
 
@@ -365,8 +370,7 @@ def load_config(name: str) -> Experiment:
     if not path.is_file():
         path = config_folder() / f"{Path(name).stem}.py"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in config_folder().glob("*.py")))
-        raise UserError(f"there is no config {name!r}; give a Python file, or one of: {known}")
+        raise UserError(f"there is no config {name!r}; give a Python file, or one of: {', '.join(config_names())}")
     spec = importlib.util.spec_from_file_location(f"allmrec_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:

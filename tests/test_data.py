@@ -319,7 +319,7 @@ def test_empty_inputs_and_results(tmp_path):
     ("name", "complaint"),
     [
         ("ml100k", "did you mean ml-100k"),
-        ("all-minilm-l6-v2", "is weights, not a data set"),
+        ("all-minilm-l6-v2", "there is no data set called 'all-minilm-l6-v2'"),
         ("some/where", "does not exist; known data sets are ml-100k"),
         (".", "holds no data set that is known"),
     ],

@@ -11,6 +11,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from allmrec_jax import cli
+from allmrec_jax.config import config_names
 from allmrec_jax.data import sources
 from allmrec_jax.models import params, text_encoder
 from allmrec_jax.models.llm import llama
@@ -220,17 +221,38 @@ def test_recommend_names_new_items(done, who, capsys):
     titles = [row["title"] for row in answer["recommendations"]]
     assert len(titles) == len(set(titles)) == 3
     assert not set(titles) & set(answer["history"])
+    means = [row["mean_rank"] for row in answer["recommendations"]]
+    assert means == sorted(means)
+    assert means == [(row["cf_rank"] + row["llm_rank"]) / 2 for row in answer["recommendations"]]
     assert cli.main(["recommend", "--workdir", str(done), *who, "-k", "3", "--candidates", "6"]) == 0
     shown = capsys.readouterr().out
     assert all(title in shown for title in titles)
+    assert "In order of the mean of both ranks among the CF model's top 6" in " ".join(shown.split())
 
 
+TRAIN = ["train", "cf", "--config", "demo", "--workdir", "x"]
 MISTAKES = {
     "unknown data set": (["data", "prepare", "ml-100", "--out", "x"], "ml-100k"),
     "not a prepared data set": (["data", "describe", "nowhere"], "nowhere"),
-    "unknown config": (["run", "--config", "demoo", "--workdir", "x"], "demo, ml100k"),
+    "unknown config": (["run", "--config", "demoo", "--workdir", "x"], "beauty, beauty_best, demo, ml100k"),
     "unknown field": (["run", "--config", "demo", "--workdir", "x", "--cf.epohs", "3"], "--cf.epochs"),
-    "value of another type": (["run", "--config", "demo", "--workdir", "x", "--cf.epochs", "many"], "many"),
+    "no value": ([*TRAIN, "--cf.width"], "--cf.width needs a value: a whole number"),
+    "value of another type": ([*TRAIN, "--cf.width", "abc"], "--cf.width: 'abc' is not a whole number"),
+    "value of neither type": ([*TRAIN, "--llm.clip=x"], "--llm.clip: 'x' is not a number or None"),
+    "unknown choice": ([*TRAIN, "--cf.loss", "nosuch"], "'nosuch' is not one of bce, softmax"),
+    "value of a switch": ([*TRAIN, "--cf.refit", "yes"], "--cf.refit takes no value; say --cf.refit or --cf.no-refit"),
+    "value without a field": ([*TRAIN, "--cf.width", "8", "9"], "9: there is no config field in front of it"),
+    "unknown encoder": (
+        ["train", "align", *TRAIN[2:], "--align.encoder", "all-minilm"],
+        "align.encoder: there is no sentence encoder called 'all-minilm': did you mean all-minilm-l6-v2? known are "
+        "all-minilm-l6-v2, all-minilm-l12-v2, nq-distilbert-base-v1, all-mpnet-base-v2, bge-small-en-v1.5, "
+        "bge-base-en-v1.5; or give a folder",
+    ),
+    "unknown LLM": (
+        ["train", "llm", *TRAIN[2:], "--llm.llm", "all-minilm-l6-v2"],
+        "there is no LLM called 'all-minilm-l6-v2': known are smollm2-135m-instruct; or give a folder",
+    ),
+    "no stage": (["train", "--config", "demo", "--workdir", "x"], "required: stage; `allmrec train --help`"),
     "value out of range": (["run", "--config", "demo", "--workdir", "x", "--cf.dropout", "1.5"], "cf.dropout"),
     "not a work directory": (["evaluate", "--workdir", "nowhere"], "nowhere"),
     "unknown argument": (["demo", "--fast"], "--fast"),
@@ -249,6 +271,15 @@ def test_a_mistake_gives_one_line_and_status_1(mistake, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [TRAIN[:-1], ["evaluate", "--workdir"], ["demo", "--workdir"]])
+def test_a_file_is_no_work_directory(arguments, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert cli.main([*arguments, str(tmp_path / "mine.txt")]) == 1
+    said = capsys.readouterr().err
+    assert said == f"allmrec: --workdir {tmp_path / 'mine.txt'} is a file; give a folder, which need not exist yet\n"
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_unknown_user_and_title_say_what_there_is(done, capsys):
     assert cli.main(["recommend", "--workdir", str(done), "--user", "nobody"]) == 1
     assert "no user 'nobody'" in capsys.readouterr().err
@@ -259,10 +290,26 @@ def test_unknown_user_and_title_say_what_there_is(done, capsys):
 def test_help_teaches(capsys):
     assert cli.main(["--help"]) == 0
     assert "allmrec demo" in capsys.readouterr().out
-    assert cli.main(["train", "--config", "demo", "--help"]) == 0
+    assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "stage 1" in shown
-    assert "--cf.epochs" in shown
+    assert all(name in shown for name in config_names())
+    assert "`allmrec train cf --help`" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "there", "absent"),
+    [
+        (["train", "cf", "--config", "demo"], ["--cf.epochs", "(default: 250)", "--data.name", "--devices"], "--llm."),
+        (["train", "align"], ["--align.encoder", "(default: 10)", "--seed"], "--cf."),
+        (["run"], ["--cf.epochs", "--align.epochs", "--llm.epochs", "--evaluation.users"], "--nosuch"),
+    ],
+)
+def test_help_lists_the_fields_that_matter_to_a_stage(arguments, there, absent, capsys):
+    assert cli.main([*arguments, "--help"]) == 0
+    shown = capsys.readouterr().out.partition("Config fields")[2]
+    assert [word for word in there if word not in shown] == []
+    assert absent not in shown
 
 
 def test_data_commands(inputs, tmp_path, capsys):

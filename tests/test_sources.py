@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from allmrec_jax.data import download, places, sources
+from allmrec_jax.data import catalogue, download, places, sources
 from allmrec_jax.data.download import Corrupt, Unavailable
 from allmrec_jax.data.places import Archive, Hub, Wheel
 from allmrec_jax.data.sources import Source, fetch
@@ -495,7 +495,7 @@ def test_a_full_disk_leaves_nothing_half_written(origin, monkeypatch, tmp_path, 
 def test_every_known_source_is_well_described():
     for name, source in sources.KNOWN.items():
         assert source.name == name
-        assert source.kind in {"data", "weights"}
+        assert source.kind in catalogue.KINDS
         assert source.terms
         assert source.home.startswith("https://")
         assert source.places

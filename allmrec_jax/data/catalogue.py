@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from allmrec_jax.data.places import Archive, ByHand, Hub, Wheel
 
+KINDS = {"data": "data set", "encoder": "sentence encoder", "llm": "LLM"}
+
 
 @dataclass(frozen=True)
 class Source:
-    """A named data set (`kind="data"`) or pretrained model (`kind="weights"`)."""
+    """A named data set or pretrained model; `kind` is one of `KINDS`, or `weights` of which only the hub knows more."""
 
     name: str
     kind: str
@@ -100,7 +102,7 @@ def _encoder(name: str, repo: str, title: str, terms: str = "Apache-2.0") -> Sou
     older = ("config.json", _BIN, "tokenizer.json", *_SENTENCE_FILES)
     return Source(
         name=name,
-        kind="weights",
+        kind="encoder",
         title=f"{name}: sentence encoder, {title}",
         terms=terms,
         home=f"https://huggingface.co/{repo}",
@@ -115,7 +117,7 @@ def on_the_hub(repo: str) -> Source:
     """Weights by the name of their repository, `owner/name`: one of `KNOWN`, or any other of the Hugging Face hub."""
     for source in KNOWN.values():
         for place in source.places:
-            if isinstance(place, Hub) and place.repo.lower() == repo.lower() and source.kind == "weights":
+            if isinstance(place, Hub) and place.repo.lower() == repo.lower() and source.kind != "data":
                 return source
     extras = (*_SENTENCE_FILES, *_MINILM_EXTRAS, "generation_config.json")
     places = (
@@ -161,7 +163,7 @@ _SOURCES = (
     *(_amazon_2023(category) for category in _AMAZON_2023),
     Source(
         name="all-minilm-l6-v2",
-        kind="weights",
+        kind="encoder",
         title="all-MiniLM-L6-v2: sentence encoder, 6 layers, 384 wide (90 MB)",
         terms="Apache-2.0",
         home="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
@@ -193,7 +195,7 @@ _SOURCES = (
     _encoder("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "12 layers, 768 wide, CLS pooling (440 MB)", "MIT"),
     Source(
         name="smollm2-135m-instruct",
-        kind="weights",
+        kind="llm",
         title="SmolLM2-135M-Instruct: LLM of the Llama architecture, 30 layers, 576 wide (98-270 MB)",
         terms="Apache-2.0",
         home="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",

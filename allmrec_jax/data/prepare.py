@@ -137,13 +137,12 @@ def _reader(source: str | Files, cache: Path | None, console) -> _Reader:
             ),
         )
     if source in sources.KNOWN:
-        if sources.KNOWN[source].kind != "data":
-            raise UserError(f"{source} is {sources.KNOWN[source].kind}, not a data set: {_data_sets()}")
+        sources.known(source, "data")  # raises for weights
         return _folder(sources.fetch(source, cache=cache, console=console))
     path = Path(source).expanduser()
     if not path.exists():
         if path.name == source:
-            sources.known(source)  # raises, with the closest name
+            sources.known(source, "data")  # raises, with the closest name
         raise UserError(f"{source} does not exist; {_data_sets()}")
     if not path.is_dir():
         raise UserError(f"{source} is a file: name it with --reviews or --interactions, or give its folder")

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from allmrec_jax.data import download as net
-from allmrec_jax.data.catalogue import KNOWN, Source, on_the_hub
+from allmrec_jax.data.catalogue import KINDS, KNOWN, Source, on_the_hub
 from allmrec_jax.data.download import Corrupt, Unavailable
 from allmrec_jax.data.places import ByHand
 from allmrec_jax.errors import UserError
@@ -31,6 +31,7 @@ from allmrec_jax.files import write_atomically
 from allmrec_jax.progress import Downloads
 
 RECORD = ".complete.json"
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of the Hugging Face hub: owner/name
 _ONE_DAY = 86400
 
 
@@ -40,13 +41,19 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "allmrec"
 
 
-def known(name: str) -> Source:
-    """The source of that name. Raises `UserError` listing the known ones, the closest first."""
-    if name in KNOWN:
+def known(name: str, kind: str | None = None) -> Source:
+    """The source of that name, of any or of one of `catalogue.KINDS`.
+
+    Raises:
+      UserError: listing the known ones of that kind, the closest first.
+    """
+    names = [name for name, source in KNOWN.items() if kind in (None, source.kind)]
+    if name in names:
         return KNOWN[name]
-    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"there is no source called {name!r}: {hint}known are {', '.join(KNOWN)}")
+    called = KINDS.get(kind, "source")
+    raise UserError(f"there is no {called} called {name!r}: {hint}known are {', '.join(names)}")
 
 
 def weights_named(name: str) -> Source:
@@ -55,7 +62,24 @@ def weights_named(name: str) -> Source:
     Raises:
       UserError: if it is neither, listing the known ones.
     """
-    return on_the_hub(name) if name not in KNOWN and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else known(name)
+    return on_the_hub(name) if name not in KNOWN and REPOSITORY.fullmatch(name) else known(name)
+
+
+def check_weights(field: str, name: str, kind: str) -> None:
+    """Says at once what `fetch` could only say when it is needed, perhaps hours later.
+
+    Args:
+      field: where the name was given, such as `align.encoder`.
+      kind: `encoder` or `llm`.
+
+    Raises:
+      UserError: unless it is there as a folder or file, known, or could be a repository of the hub.
+    """
+    if not Path(name).exists() and (name in KNOWN or not REPOSITORY.fullmatch(name)):
+        try:
+            known(name, kind)
+        except UserError as error:
+            raise UserError(f"{field}: {error}; or give a folder, or owner/name of the Hugging Face hub") from None
 
 
 def is_cached(name: str, *, cache: Path | None = None) -> bool:

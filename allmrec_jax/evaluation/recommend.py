@@ -62,8 +62,9 @@ def recommend(
 ) -> dict[str, Any]:
     """The `k` best of the CF model's top `candidates`, by the mean of the CF model's and A-LLMRec's ranks.
 
-    Items already in the history are not recommended. Returns `{"history", "recommendations": [{"rank", "title", "item",
-    "cf_rank", "llm_rank", "log_likelihood"}]}`, ranks from 1.
+    Items already in the history are not recommended. Returns `{"history", "candidates": how many,
+    "recommendations": [{"rank", "title", "item", "mean_rank", "cf_rank", "llm_rank", "log_likelihood"}]}`, ranks from
+    1, in order of `mean_rank`.
     """
     dataset, x = pipeline.dataset, pipeline.experiment
     if candidates < 1 or k < 1:
@@ -90,15 +91,18 @@ def recommend(
     ranker = pipeline.ranker(pipeline.heads, candidates=len(top), batch=pipeline.mesh.shape["data"])
     likelihood = ranker([items[-x.llm.history :]], top[None], x_u)[0]
     cf = everything[top]
-    order = np.argsort(-mean_rank(cf[None], likelihood[None])[0], kind="stable")[:k]
+    mean = 1 - mean_rank(cf[None], likelihood[None])[0]
+    order = np.argsort(mean, kind="stable")[:k]
     cf_rank, llm_rank = (np.argsort(np.argsort(-scores, kind="stable")) + 1 for scores in (cf, likelihood))
     return {
         "history": [names[i] for i in items[-x.llm.history :]],
+        "candidates": len(top),
         "recommendations": [
             {
                 "rank": place + 1,
                 "title": names[top[c]],
                 "item": dataset.item_keys[top[c]],
+                "mean_rank": float(mean[c]),
                 "cf_rank": int(cf_rank[c]),
                 "llm_rank": int(llm_rank[c]),
                 "log_likelihood": float(likelihood[c]),
@@ -113,9 +117,14 @@ def table(answer: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    out = Table(title="After " + escape("; ".join(answer["history"])), title_justify="left", box=None)
-    for name, justify in (("", "right"), ("title", "left"), ("CF rank", "right"), ("LLM rank", "right")):
-        out.add_column(name, justify=justify)
+    how = f"In order of the mean of both ranks among the CF model's top {answer['candidates']}."
+    out = Table(title="After " + escape("; ".join(answer["history"])), caption=how, box=None)
+    out.title_justify = out.caption_justify = "left"
+    out.add_column("", justify="right")
+    out.add_column("title")
+    for name in ("CF rank", "LLM rank", "mean rank"):
+        out.add_column(name, justify="right")
     for row in answer["recommendations"]:
-        out.add_row(str(row["rank"]), escape(row["title"]), str(row["cf_rank"]), str(row["llm_rank"]))
+        ranks = str(row["cf_rank"]), str(row["llm_rank"]), f"{row['mean_rank']:g}"
+        out.add_row(str(row["rank"]), escape(row["title"]), *ranks)
     return out

@@ -66,6 +66,8 @@ class Parameter:
       torch: name in the PyTorch file, with `{layer}` where layers are stacked; None if it has no counterpart.
       layout: einops pattern from the PyTorch tensor (of one layer) to ours, e.g. `"o i -> i o"`.
       sizes: axis lengths that `layout` needs to split a dimension.
+      inputs: the dimensions of `shape` that a matrix product sums over; a parameter that has some can be quantised.
+      dtype: what it is stored in, where that is not the dtype of the whole tree.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +76,8 @@ class Parameter:
     torch: str | None = None
     layout: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[int, ...] = ()
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
@@ -82,6 +86,13 @@ class Parameter:
     @property
     def stacked(self) -> bool:
         return self.torch is not None and "{layer}" in self.torch
+
+    @property
+    def names(self) -> list[str]:
+        """Its names in the PyTorch file: one a layer, or one."""
+        if self.torch is None:
+            return []
+        return [self.torch.format(layer=k) for k in range(self.shape[0])] if self.stacked else [self.torch]
 
 
 def _is_parameter(node: Any) -> bool:
@@ -94,7 +105,8 @@ def paths(description: Tree) -> list[tuple[str, Parameter]]:
     return [("/".join(key.key for key in path), leaf) for path, leaf in leaves]
 
 
-def _rebuild(description: Tree, leaves: Iterable[Any]) -> Tree:
+def rebuild(description: Tree, leaves: Iterable[Any]) -> Tree:
+    """A tree like `description` with these leaves, given in the order of `paths`."""
     return jax.tree.unflatten(jax.tree.structure(description, is_leaf=_is_parameter), list(leaves))
 
 
@@ -103,27 +115,76 @@ def init(key: jax.Array, description: Tree, dtype: Any = jnp.float32) -> Tree:
     leaves = []
     for path, parameter in paths(description):
         own = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-        leaves.append(parameter.init(own, parameter.shape).astype(dtype))
-    return _rebuild(description, leaves)
+        leaves.append(parameter.init(own, parameter.shape).astype(parameter.dtype or dtype))
+    return rebuild(description, leaves)
 
 
 def shapes(description: Tree, dtype: Any = jnp.float32) -> Tree:
     """The tree as `jax.ShapeDtypeStruct`."""
-    return _rebuild(description, (jax.ShapeDtypeStruct(p.shape, dtype) for _, p in paths(description)))
+    return rebuild(description, (jax.ShapeDtypeStruct(p.shape, p.dtype or dtype) for _, p in paths(description)))
+
+
+def spec(parameter: Parameter, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = AXIS_RULES) -> tuple:
+    """The mesh axis (or None) that cuts each dimension; those that the mesh axis does not divide stay whole."""
+    names = []
+    for size, axis in zip(parameter.shape, parameter.axes, strict=True):
+        mesh_axis = rules.get(axis) if axis is not None else None
+        divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
+        names.append(mesh_axis if divides else None)
+    return tuple(names)
 
 
 def shardings(description: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = AXIS_RULES) -> Tree:
     """A `NamedSharding` for every parameter; dimensions that the mesh axis does not divide stay whole."""
 
     def sharding(parameter: Parameter) -> jax.sharding.NamedSharding:
-        names = []
-        for size, axis in zip(parameter.shape, parameter.axes, strict=True):
-            mesh_axis = rules.get(axis) if axis is not None else None
-            divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-            names.append(mesh_axis if divides else None)
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec(parameter, mesh, rules)))
 
-    return _rebuild(description, (sharding(p) for _, p in paths(description)))
+    return rebuild(description, (sharding(p) for _, p in paths(description)))
+
+
+def check_names(
+    description: Tree,
+    names: Iterable[str],
+    *,
+    ignore: Callable[[str], bool] = lambda name: False,
+    source: str = "the weights",
+) -> None:
+    """That a PyTorch file holds every parameter once and nothing else.
+
+    Raises:
+      UserError: for a missing or unknown name, or one that two parameters claim, naming it.
+    """
+    names, used = set(names), set()
+    for path, parameter in paths(description):
+        if not parameter.names:
+            raise UserError(f"{source}: the parameter {path!r} has no name in a PyTorch file")
+        for name in parameter.names:
+            if name not in names:
+                raise UserError(f"{source}: the tensor {name!r} is missing; is this the right model?")
+            if name in used:
+                raise UserError(f"{source}: the tensor {name!r} is claimed by two parameters")
+            used.add(name)
+    unknown = sorted(name for name in names - used if not ignore(name))
+    if unknown:
+        raise UserError(f"{source}: unknown tensor {unknown[0]!r} ({len(unknown)} such); is this the right model?")
+
+
+def laid_out(tensor: Any, name: str, parameter: Parameter, source: str = "the weights") -> np.ndarray:
+    """The tensor of a PyTorch file (of one layer) in our layout: a view of it.
+
+    Raises:
+      UserError: for a tensor of another shape, naming it.
+    """
+    tensor = np.asarray(tensor)
+    expected = parameter.shape[1:] if parameter.stacked else parameter.shape
+    try:
+        ours = rearrange(tensor, parameter.layout, **parameter.sizes) if parameter.layout else tensor
+    except Exception as error:
+        raise UserError(f"{source}: {name!r} has shape {tensor.shape}, which does not fit {expected}") from error
+    if ours.shape != expected:
+        raise UserError(f"{source}: {name!r} has shape {tensor.shape}, which does not fit {expected}")
+    return ours
 
 
 def from_torch(
@@ -134,42 +195,21 @@ def from_torch(
     ignore: Callable[[str], bool] = lambda name: False,
     source: str = "the weights",
 ) -> Tree:
-    """The tree that a PyTorch file holds. `tensors` may read lazily: each tensor is fetched once.
+    """The tree that a PyTorch file holds, on the host. `tensors` may read lazily: each tensor is fetched once.
 
     Raises:
       UserError: for a missing, unknown or misshaped name, naming it.
     """
-    used: set[str] = set()
+    check_names(description, tensors, ignore=ignore, source=source)
 
     def fetch(name: str, parameter: Parameter) -> np.ndarray:
-        if name not in tensors:
-            raise UserError(f"{source}: the tensor {name!r} is missing; is this the right model?")
-        if name in used:
-            raise UserError(f"{source}: the tensor {name!r} is claimed by two parameters")
-        used.add(name)
-        tensor = np.asarray(tensors[name])
-        expected = parameter.shape[1:] if parameter.stacked else parameter.shape
-        try:
-            ours = rearrange(tensor, parameter.layout, **parameter.sizes) if parameter.layout else tensor
-        except Exception as error:
-            raise UserError(f"{source}: {name!r} has shape {tensor.shape}, which does not fit {expected}") from error
-        if ours.shape != expected:
-            raise UserError(f"{source}: {name!r} has shape {tensor.shape}, which does not fit {expected}")
-        return ours.astype(dtype)
+        return laid_out(tensors[name], name, parameter, source).astype(dtype)
 
     leaves = []
-    for path, parameter in paths(description):
-        if parameter.torch is None:
-            raise UserError(f"{source}: the parameter {path!r} has no name in a PyTorch file")
-        if parameter.stacked:
-            layers = range(parameter.shape[0])
-            leaves.append(np.stack([fetch(parameter.torch.format(layer=k), parameter) for k in layers]))
-        else:
-            leaves.append(fetch(parameter.torch, parameter))
-    unknown = sorted(name for name in tensors if name not in used and not ignore(name))
-    if unknown:
-        raise UserError(f"{source}: unknown tensor {unknown[0]!r} ({len(unknown)} such); is this the right model?")
-    return _rebuild(description, leaves)
+    for _, parameter in paths(description):
+        layers = [fetch(name, parameter) for name in parameter.names]
+        leaves.append(np.stack(layers) if parameter.stacked else layers[0])
+    return rebuild(description, leaves)
 
 
 def to_torch(description: Tree, tree: Tree) -> dict[str, np.ndarray]:

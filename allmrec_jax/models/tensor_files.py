@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from allmrec_jax.errors import UserError
@@ -27,32 +29,67 @@ class _Files(Mapping):
         return len(self._where)
 
 
+SAFE_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
 class SafeTensors(_Files):
-    """Name -> tensor, over all `.safetensors` files of `folder`.
+    """Name -> tensor, over all `.safetensors` files of `folder`: views of the memory-mapped files, so that a slice of
+    a tensor reads that slice alone.
 
     Raises:
       UserError: if there is no such file, one is damaged, or two hold a tensor of the same name.
     """
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
-
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{folder} has a config.json but no .safetensors file")
         self._where = {}
         for file in files:
-            try:
-                handle = safe_open(file, framework="flax")  # numpy has no bfloat16
-            except Exception as error:
-                raise UserError(f"{file} is damaged ({error}); delete it and fetch it again") from error
-            for name in handle.keys():  # noqa: SIM118
+            for name, tensor in _safe_views(file).items():
                 if name in self._where:
                     raise UserError(f"{folder}: the tensor {name!r} is in two files; keep the files of one model only")
-                self._where[name] = handle
+                self._where[name] = tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._where[name].get_tensor(name))
+        return self._where[name]
+
+
+def _safe_views(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file: 8 bytes, the length of the header; the header, JSON; the numbers, as it says."""
+    try:
+        data = np.memmap(file, np.uint8, mode="r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if start > len(data):
+            raise ValueError("its header is cut")
+        header = json.loads(data[8:start].tobytes())
+        views = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in SAFE_DTYPES:
+                known = ", ".join(SAFE_DTYPES)
+                raise UserError(f"{file}: {name!r} is stored as {entry['dtype']}, which is not supported ({known} are)")
+            dtype, (begin, end) = np.dtype(SAFE_DTYPES[entry["dtype"]]), entry["data_offsets"]
+            if end - begin != math.prod(entry["shape"]) * dtype.itemsize or begin < 0:
+                raise ValueError(f"{name!r} has another size than its shape")
+            if start + end > len(data):
+                raise ValueError(f"{name!r} is cut: the file ends at {len(data)} of at least {start + end} bytes")
+            views[name] = np.ndarray(tuple(entry["shape"]), dtype, data, start + begin)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it and fetch it again") from error
+    return views
 
 
 class PickledTensors(_Files):
