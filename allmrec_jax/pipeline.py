@@ -30,7 +30,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation.rank import make_ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
 from allmrec_jax.models.text_encoder import LoadedEncoder, load_encoder
-from allmrec_jax.training import mesh
+from allmrec_jax.training import brought, mesh
 from allmrec_jax.training.align import Aligned, train_align
 from allmrec_jax.training.cf import CFModel, train_cf
 from allmrec_jax.training.checkpoint import Curves, claim_folder, write_json
@@ -101,12 +101,18 @@ class Pipeline:
         identity = {"seed": x["seed"], "data": {**x["data"], "fingerprint": self.dataset.fingerprint}}
         for part in keep[stage]:
             identity[part] = {k: v for k, v in x[part].items() if k not in NO_INFLUENCE.get(part, ())}
+        identity["cf"] |= self._cf_content
         # A name may stand for other weights elsewhere: the hub's files, or a quantised copy from a package.
         if "align" in keep[stage]:
             identity["align"]["encoder_files"] = _files(self.encoder_folder)
         if "llm" in keep[stage]:
             identity["llm"] |= {"llm_files": _files(self.llm_folder), "dtype": self.llm_dtype}
         return identity
+
+    @functools.cached_property
+    def _cf_content(self) -> dict[str, Any]:
+        """As it was when first asked for: who edits the file during a run does not stop that run."""
+        return brought.content(self.experiment.cf, self.dataset, self.workdir / "cf")
 
     def _open(self, stage: str) -> Path:
         folder = self.workdir / stage
@@ -127,8 +133,8 @@ class Pipeline:
     @functools.cached_property
     def _cf(self) -> tuple[CFModel, Curves]:
         devices = self.experiment.devices
-        how = {"how": devices.map, "shards": devices.items}
-        return self._timed("cf", train_cf, self.experiment.cf, self.dataset, self._open("cf"), **how)
+        how = {"how": devices.map, "shards": devices.items, "claim": lambda: self._open("cf")}
+        return self._timed("cf", train_cf, self.experiment.cf, self.dataset, self.workdir / "cf", **how)
 
     @property
     def cf(self) -> CFModel:

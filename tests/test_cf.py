@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ import tiny
 from rich.console import Console
 
 from allmrec_jax.config import CF, Experiment, check
+from allmrec_jax.config import Data as DataConfig
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import cf as evaluation
+from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training import cf
 
 TRAINED = ["sasrec", "gru4rec", "nextitnet", "ncf"]
@@ -61,12 +64,6 @@ def test_nobody_to_train_on_is_said(tmp_path):
         train(SMALL, alone, tmp_path / "cf")
 
 
-@pytest.mark.parametrize("loss", [{"loss": "softmax", "negatives": 0}, {"loss": "softmax", "negatives": 5}])
-def test_ncf_has_no_softmax(loss, tmp_path):
-    with pytest.raises(UserError, match="a model whose score"):
-        train(dataclasses.replace(SMALL, model="ncf", **loss), tiny.dataset(tmp_path / "d"), tmp_path / "cf")
-
-
 @pytest.mark.parametrize(
     ("field", "value"), [("negatives", 0), ("calibration", 1.5), ("weight_decay", -1.0), ("model", "given")]
 )
@@ -85,52 +82,120 @@ def test_other_objectives_train_and_choose_the_best_checkpoint(tmp_path):
     assert model.E.shape == (data.n_items + 1, config.width)
 
 
-FIFTH = """
-from dataclasses import dataclass
-import jax.numpy as jnp
-from allmrec_jax.models.sequential import item_table, rows_of
-
-@dataclass(frozen=True)
-class Config:
-    n_items: int
-    width: int
-    maxlen: int
-    decay: float = 0.5
-
-def describe(c):
-    return {"E": item_table(c.n_items, c.width)}
-
-def features(params, c, windows, dropout_keys=None, pads=None, rows=None, users=None):
-    rows = rows_of(params["E"], windows) if rows is None else rows
-    at = jnp.arange(windows.shape[1])
-    weights = jnp.where(at[:, None] >= at[None], c.decay ** (at[:, None] - at[None]), 0.0)
-    return jnp.einsum("ts,bsd->btd", weights, jnp.where((windows != 0)[..., None], rows, 0))
-"""
+def example() -> str:
+    """The model of one's own that the docs show."""
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    return text.partition("```python\n")[2].partition("```")[0]
 
 
-def test_a_fifth_model_is_one_file(tmp_path):
-    data, path = tiny.dataset(tmp_path / "d"), tmp_path / "fading.py"
-    path.write_text(FIFTH)
-    config = check(Experiment(cf=dataclasses.replace(SMALL, model=str(path), maxlen=10))).cf
-    model = train(config, data, tmp_path / "cf")
-    assert model.config.decay == 0.5
+def pipeline(tmp_path: Path, **changes) -> Pipeline:
+    """An experiment on tiny data in `tmp_path / "run"`, stage 0 on one device."""
+    if not (tmp_path / "d").exists():
+        tiny.dataset(tmp_path / "d")
+    config = dataclasses.replace(SMALL, maxlen=10, batch=1, **changes)
+    experiment = check(Experiment(data=DataConfig(name=str(tmp_path / "d")), cf=config))
+    return Pipeline(experiment, tmp_path / "run", console=Console(quiet=True))
+
+
+def test_the_model_that_the_docs_show_is_trained_and_evaluated(tmp_path):
+    path = tmp_path / "fading.py"
+    path.write_text(example())
+    run = pipeline(tmp_path, model=str(path))
+    model = run.cf
+    assert cf.name_of(run.experiment.cf) == "fading"
     window = np.zeros((1, 10), np.int32)
     window[0, -2:] = 3, 7
-    E = np.asarray(model.E)
-    np.testing.assert_allclose(model.x_u(window)[0], E[7] + E[3] / 2, rtol=1e-4, atol=1e-6)
-    assert 0 <= evaluation.figures(model, data, seed=0)["full"]["hit@10"]["value"] <= 1
-    assert cf.name_of(config) == "fading"
-    for name, message in (
-        (tmp_path / "no.py", "there is no model"),
-        ("sasrek", "there is no model 'sasrek'; choose sasrec"),
-    ):
-        with pytest.raises(UserError, match=message):
-            train(dataclasses.replace(config, model=str(name)), data, tmp_path / "cf2")
-    other = tmp_path / "other.py"
-    for content, message in (("1 / 0", "ZeroDivisionError"), ("Config = int", "defines no describe")):
-        other.write_text(content)
-        with pytest.raises(UserError, match=message):
-            train(dataclasses.replace(config, model=str(other)), data, tmp_path / "cf2")
+    E, W, b = (np.asarray(model.params[name]) for name in ("E", "W", "b"))
+    assert np.abs(b).max() > 0  # learnt
+    np.testing.assert_allclose(model.x_u(window)[0], (E[7] + 0.8 * E[3]) @ W + b, rtol=1e-4, atol=1e-6)
+    assert 0 <= evaluation.figures(model, run.dataset, seed=0)["full"]["hit@10"]["value"] <= 1
+
+
+@pytest.mark.parametrize("kind", ["model", "given"])
+def test_the_work_directory_keeps_the_users_file_and_refuses_another(kind, tmp_path, monkeypatch):
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    other.mkdir()
+    name = {"model": "mine.py", "given": "mine.npz"}[kind]
+    changes = {"model": {"model": name}, "given": {"model": "given", "file": name}}[kind]
+
+    def write(number: float) -> None:
+        if kind == "model":
+            (home / name).write_text(example().replace("0.8", str(number)))
+        else:
+            np.savez(home / name, E=np.full((40, 8), number))
+
+    write(0.5)
+    monkeypatch.chdir(home)
+    first = np.asarray(pipeline(tmp_path, **changes).cf.E)
+    write(0.25)
+    with pytest.raises(UserError, match=rf"run.cf was made with cf\.sha256\.{name}='\w+', but now it is '\w+'; choose"):
+        pipeline(tmp_path, **changes).cf  # noqa: B018
+    monkeypatch.chdir(other)  # where no such file is
+    np.testing.assert_array_equal(pipeline(tmp_path, **changes).cf.E, first)
+    write(0.5)
+    elsewhere = {field: str(home / value) if value == name else value for field, value in changes.items()}
+    np.testing.assert_array_equal(pipeline(tmp_path, **elsewhere).cf.E, first)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("from dataclasses", "1 / 0\nfrom dataclasses", "the file fails: ZeroDivisionError"),
+        ("def describe", "def describes", "mine.py defines no describe"),
+        ("(frozen=True)", "", r"Config must be a class with @dataclass\(frozen=True\)"),
+        ("def describe", "from allmrec_jax.models.ncf import NCFConfig as Config\ndef describe", "a class of its own"),
+        ("n_items: int", "depth: int\n    n_items: int", "nothing fills Config.depth"),
+        ("    maxlen: int\n", "", "Config has no field maxlen"),
+        ('"E":', '"F":', 'gives no "E"'),
+        ("c.n_items,", "c.n_items - 1,", r"E, the table of items, is \(40, 8\), but must be \(41, 8\)"),
+        ('"b": Parameter', '"P": Parameter', r"P, the table of users, is \(8,\), but must be \(31, 8\)"),
+        ("constant(0.0)", "lambda key, shape: jnp.zeros(3)", r"the initial b is \(3,\), but must be \(8,\)"),
+        ("    }\n", '        "c": 3,\n    }\n', "a dict of Parameter, but c is int"),
+        (", dropout_keys=None, pads=None, rows=None, users=None", "", "takes 3 positional arguments"),
+        (" if rows is None else rows", "", "params without E, rows instead.* fails: KeyError: 'E'"),
+        ("    return jnp", "    return rows[:, -1]\n    return jnp", r"is \(7, 8\), but must be \(7, 10, 8\)"),
+        ("    return jnp", "    return rows.astype(int)\n    return jnp", "is int32, but must be floats"),
+        (
+            "def features",
+            "def score(params, c, f, rows):\n    return f * rows\n\ndef features",
+            r"score.* is \(7, 4, 8\)",
+        ),
+    ],
+)
+def test_a_mistake_in_ones_own_model_is_one_line_and_leaves_nothing(old, new, message, tmp_path):
+    path = tmp_path / "mine.py"
+    assert old in example()
+    path.write_text(example().replace(old, new))
+    with pytest.raises(UserError, match=message) as caught:
+        pipeline(tmp_path, model=str(path)).cf  # noqa: B018
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_may_know_the_number_of_users(tmp_path):
+    """Only a table of users, P, makes a model of users."""
+    path = tmp_path / "mine.py"
+    path.write_text(example().replace("n_items: int", "n_items: int\n    n_users: int"))
+    model = pipeline(tmp_path, model=str(path)).cf
+    assert model.config.n_users == 30
+    assert np.abs(model.x_u(np.arange(20, dtype=np.int32).reshape(2, 10), np.array([1, 2]))).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no.py"}, "there is no model 'no.py'; choose sasrec"),
+        ({"model": "sasrek"}, "there is no model 'sasrek'; choose sasrec"),
+        ({"model": "given", "file": "no.npz"}, "there is no file no.npz"),
+        ({"model": "ncf", "loss": "softmax", "negatives": 0}, "a model whose score"),
+    ],
+)
+def test_a_start_that_fails_leaves_the_work_directory_free(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pipeline(tmp_path, **changes).cf  # noqa: B018
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_with_a_table_cut_by_rows_goes_on_where_it_stopped(tmp_path):
@@ -208,13 +273,14 @@ def test_given_users_have_their_rows_and_others_a_rule(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"E": np.zeros((3, 5))}, "E is float64 .3, 5., but the data set has 40 items"),
-        ({"E": np.zeros((40, 5), int)}, "E is int64"),
+        ({"E": np.zeros((3, 5))}, r"E has the shape \(3, 5\), but the data set has 40 items: \(40, 5\) or \(41, 5\)$"),
+        ({"E": np.zeros((40, 5), int)}, "E holds int64, but must hold float32"),
         ({"E": np.full((40, 5), np.nan)}, "not finite"),
         ({"E": np.full((40, 5), 1e39)}, "not finite"),
         ({"E": np.float64(3)}, "E has the shape"),
         ({"E": np.zeros((40, 0))}, "E has the shape"),
-        ({"P": np.zeros((30, 4))}, "P is float64"),
+        ({"P": np.zeros((30, 4))}, "30 users and E is 5 wide"),
+        ({"A": np.zeros((4, 5))}, r"A has the shape \(4, 5\), but E is 5 wide: \(5, 5\) or \(6, 5\)$"),
         ({"E": np.array([{"a": 1}] * 40, object)}, "cannot be read"),
     ],
 )

@@ -24,7 +24,7 @@ class CFModel:
     fold_in: what makes x_u of a history where the model itself knows users only (`models.ncf.fold_in`).
     """
 
-    config: Any  # of one of `models.collaborative.MODELS`
+    config: Any  # `models.collaborative.configure`
     params: Any
     fold_in: np.ndarray | None = None
 
@@ -49,7 +49,7 @@ class CFModel:
           UserError: for an item id beyond the table.
         """
         self._check(windows)
-        if hasattr(self.config, "n_users"):  # a model of users
+        if "P" in self.params or self.fold_in is not None:  # a model of users
             return self._of_rows(windows, users)
         maxlen = self.config.maxlen
         windows = windows[:, -maxlen:]
@@ -79,7 +79,7 @@ class CFModel:
         """Users' own rows P_u where there are any; else a linear map of the mean of their items' E_i."""
         out, known = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
         if users is not None and "P" in self.params:
-            known = users <= self.config.n_users
+            known = users < len(self.params["P"])
             out[known] = np.asarray(self.params["P"])[users[known]]
         if not known.all():
             out[~known] = ncf.mean_rows(np.asarray(self.E), windows[~known]) @ self.fold_in

@@ -2,7 +2,7 @@
 
 A model is a module with
 
-    a frozen dataclass         its config `c`: n_items, width (d), maxlen, dropout and what else it needs
+    a frozen dataclass         its config `c`, of that module: n_items, width (d), maxlen and what else it needs
     describe(c)                its parameters, among them the item table `E` (n_items + 1, d)
     features(params, c, windows, dropout_keys, pads, rows, users)
                                features at every position of left-padded windows; the last is x_u
@@ -10,14 +10,16 @@ A model is a module with
                                the last of them, if there is a cheaper way to it
     score(params, c, f, rows)  the score of features and rows of E, if it is another than their product
 
-A module of one's own is named by its path (`--cf.model mine.py`) and calls its dataclass `Config`; `given` trains
-nothing and has none of this. Everything else (training, evaluation, both later stages) knows no more of it than that.
+With a parameter `P` (n_users + 1, d) it is a model of users, as `models.ncf`: x_u is the user's row. A module of one's
+own is named by its path (`--cf.model mine.py`) and calls its dataclass `Config` (`models.own`); `given` trains nothing
+and has none of this. Everything else (training, evaluation, both later stages) knows no more of it than that.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from allmrec_jax.errors import UserError
-from allmrec_jax.models import given, gru4rec, ncf, nextitnet, sasrec, sequential
+from allmrec_jax.models import given, gru4rec, ncf, nextitnet, own, sasrec, sequential
 
 MODELS: dict[str, tuple[type, ModuleType]] = {
     "sasrec": (sasrec.SASRecConfig, sasrec),
@@ -38,35 +40,25 @@ MODELS: dict[str, tuple[type, ModuleType]] = {
 }
 
 
-def find(name: str) -> tuple[type, ModuleType]:
-    """The config class and the module of a model: one of `MODELS`, or a Python file.
+def configure(name: str, values: Mapping[str, Any]) -> Any:
+    """The config of a model, one of `MODELS` or a Python file, its fields filled from `values` by name.
 
     Raises:
-      UserError: if there is no such model or file, or the file lacks what the protocol asks for.
+      UserError: if there is no such model, or the file is not what the protocol asks for.
     """
     if name in MODELS:
-        return MODELS[name]
-    path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+        kind, _ = MODELS[name]
+        return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+    if Path(name).suffix != ".py" or not Path(name).is_file():
         raise UserError(
             f"there is no model {name!r}; choose {', '.join(MODELS)}, or name a Python file (docs/models.md)"
         )
-    spec = importlib.util.spec_from_file_location(f"allmrec_model_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"the model {path} fails: {type(error).__name__}: {error}") from error
-    if missing := [part for part in ("Config", "describe", "features") if not hasattr(module, part)]:
-        raise UserError(f"the model {path} defines no {missing[0]} (docs/models.md)")
-    MODELS[name] = module.Config, module
-    return MODELS[name]
+    return own.configure(Path(name), values)
 
 
 def module_of(c: Any) -> ModuleType:
     """The module whose config `c` is."""
-    return next(module for kind, module in MODELS.values() if kind is type(c))
+    return sys.modules[type(c).__module__]
 
 
 def user_representation(

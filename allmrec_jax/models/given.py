@@ -10,6 +10,8 @@ is x_u . E_i.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +43,18 @@ def read(path: Path, n_items: int, n_users: int) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: E has the shape {found['E'].shape}, but must be (items, width)")
     d = found["E"].shape[1]
     read = {}
-    for name, count, unit in (("E", n_items, "items"), ("P", n_users, "users"), ("A", d, "rows of A")):
+    for name, count, because in (
+        ("E", n_items, f"the data set has {n_items:,} items"),
+        ("P", n_users, f"the data set has {n_users:,} users and E is {d:,} wide"),
+        ("A", d, f"E is {d:,} wide"),
+    ):
         if name not in found:
             continue
         array = found[name]
-        if not np.issubdtype(array.dtype, np.floating) or array.shape not in ((count, d), (count + 1, d)):
-            raise UserError(
-                f"{path}: {name} is {array.dtype} {array.shape}, but the data set has {count:,} {unit}: "
-                f"({count:,}, {d}) or ({count + 1:,}, {d}) floats"
-            )
+        if array.shape not in (fine := ((count, d), (count + 1, d))):
+            raise UserError(f"{path}: {name} has the shape {array.shape}, but {because}: {fine[0]} or {fine[1]}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise UserError(f"{path}: {name} holds {array.dtype}, but must hold float32 (or float16, float64)")
         with np.errstate(over="ignore"):
             array = np.asarray(array, np.float32)
         if not np.isfinite(array).all():
@@ -59,6 +64,15 @@ def read(path: Path, n_items: int, n_users: int) -> dict[str, np.ndarray]:
             array = np.concatenate([array, zero] if name == "A" else [zero, array])
         read[name] = array
     return read
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """What tells one content of a file from another: SHA-256 of the arrays that `read` gives."""
+    content = hashlib.sha256()
+    for name in sorted(arrays):
+        content.update(f"{name} {arrays[name].shape} ".encode())
+        content.update(arrays[name].ravel().view(np.uint8))
+    return content.hexdigest()
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from allmrec_jax.models import collaborative, given, ncf, params, sequential
 from allmrec_jax.models.cf_model import CFModel
 from allmrec_jax.models.losses import Objective
 from allmrec_jax.progress import say
-from allmrec_jax.training import loop, mesh, table
+from allmrec_jax.training import brought, loop, mesh, table
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create, update
 
@@ -303,14 +302,6 @@ def is_lazy(config: CF, n_items: int) -> bool:
     return config.table == "lazy" or (config.table == "auto" and n_items > LARGE and not reads_all)
 
 
-def configure(config: CF, dataset: Dataset) -> Any:
-    """The model's own config. Raises `UserError` if there is no such model."""
-    kind, _ = collaborative.find(config.model)
-    values = dataclasses.asdict(config) | {"n_items": dataset.n_items, "n_users": dataset.n_users}
-    # What only a model of one's own has stays as that model says.
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
-
-
 def _with_fold_in(c: Any, parameters: Any, dataset: Dataset) -> CFModel:
     """A model of users, with what makes x_u of a history of somebody else, fitted on the training histories."""
     users = np.flatnonzero(dataset.n_train > 1)
@@ -318,10 +309,11 @@ def _with_fold_in(c: Any, parameters: Any, dataset: Dataset) -> CFModel:
     return CFModel(c, parameters, ncf.fold_in(*(np.asarray(parameters[name]) for name in ("E", "P")), windows, users))
 
 
-def given_cf(config: CF, dataset: Dataset, folder: Path) -> CFModel:
+def given_cf(config: CF, dataset: Dataset, folder: Path, claim: Callable[[], Any] = lambda: None) -> CFModel:
     """The model of `cf.file`, of which `folder` keeps a copy, so that the work directory is whole."""
-    copy = folder / "given.npz"
-    arrays = given.read(copy if copy.is_file() else Path(config.file or ""), dataset.n_items, dataset.n_users)
+    path, copy = brought.find(config, folder)
+    arrays = given.read(path, dataset.n_items, dataset.n_users)
+    claim()
     if not copy.is_file():
         with write_atomically(copy) as file:
             np.savez(file, **arrays)
@@ -341,23 +333,24 @@ def train_cf(
     how: mesh.Mapping = "shard_map",
     devices: Sequence[Any] | None = None,
     shards: int = 1,
+    claim: Callable[[], Any] = lambda: None,
     console: Console | None = None,
 ) -> tuple[CFModel, Curves]:
     """Trains (or goes on with) stage 0 in `folder` and returns the selected model and its curves.
 
     Args:
       shards: devices that share one copy of E.
+      claim: takes possession of `folder`; called when everything has been checked, before anything is written there.
     """
     if config.model == "given":
-        return given_cf(config, dataset, folder), {}
-    c, data = configure(config, dataset), training_data(dataset, config.refit)
+        return given_cf(config, dataset, folder, claim), {}
+    c, data = brought.configure(config, dataset, folder), training_data(dataset, config.refit)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
     adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
     optimiser = optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
     steps = max(1, dataset.n_users // config.batch)
     devices = mesh.data_devices(config.batch, devices, shards)
-    state = _placed_state(init_key, c, optimiser, devices, shards)
     lengths = np.asarray(data["end"] - data["start"] - 1)
     epoch = make_epoch(
         c,
@@ -374,6 +367,11 @@ def train_cf(
         how=how,
     )
     validate = None if config.refit else make_validation(c, dataset, validation_key)
+    claim()
+    if (found := brought.find(config, folder)) and not found[1].is_file():
+        with write_atomically(found[1]) as file:
+            file.write(found[0].read_bytes())
+    state = _placed_state(init_key, c, optimiser, devices, shards)
     checkpoints = Checkpoints(folder, best_metric="ndcg@10" if validate else None)
     try:
         state, curves = loop.run(
