@@ -177,8 +177,8 @@ class Injection:
     """Whether the learning rate falls to 0 along a cosine."""
     clip: float | None = None
     """Greatest norm of the gradient; None does not clip."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen weights; auto is float32 on CPU, else bfloat16."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """Of the frozen weights; auto is float32 on CPU, else bfloat16. Integers are made while the weights are read."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
     save_every: int = 25

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -176,7 +175,7 @@ class Pipeline:
 
     @functools.cached_property
     def llm(self) -> FrozenLLM:
-        return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh)
+        return load_llm(self.llm_folder, dtype=self.llm_dtype, mesh=self.mesh)
 
     @functools.cached_property
     def _heads(self) -> tuple[dict[str, Any], Curves]:

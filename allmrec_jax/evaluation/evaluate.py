@@ -224,10 +224,7 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
 
 def parameters(pipeline: Pipeline) -> int:
     """Number of parameters of the frozen LLM."""
-    from allmrec_jax.models import params
-    from allmrec_jax.models.llm import llama
-
-    return params.count(llama.describe(pipeline.llm.config))
+    return pipeline.llm.parameters()
 
 
 def hardware() -> dict[str, Any]:

@@ -95,19 +95,19 @@ class Parameter:
         return [self.torch.format(layer=k) for k in range(self.shape[0])] if self.stacked else [self.torch]
 
 
-def _is_parameter(node: Any) -> bool:
+def is_parameter(node: Any) -> bool:
     return isinstance(node, Parameter)
 
 
 def paths(description: Tree) -> list[tuple[str, Parameter]]:
     """(`a/b/c`, parameter) for every leaf, in tree order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(description, is_leaf=_is_parameter)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(description, is_leaf=is_parameter)
     return [("/".join(key.key for key in path), leaf) for path, leaf in leaves]
 
 
 def rebuild(description: Tree, leaves: Iterable[Any]) -> Tree:
     """A tree like `description` with these leaves, given in the order of `paths`."""
-    return jax.tree.unflatten(jax.tree.structure(description, is_leaf=_is_parameter), list(leaves))
+    return jax.tree.unflatten(jax.tree.structure(description, is_leaf=is_parameter), list(leaves))
 
 
 def init(key: jax.Array, description: Tree, dtype: Any = jnp.float32) -> Tree:
@@ -219,7 +219,7 @@ def to_torch(description: Tree, tree: Tree) -> dict[str, np.ndarray]:
       ValueError: if `tree` is not of the description's structure and shapes.
       UserError: for a parameter that has no name in a PyTorch file, or two that have the same.
     """
-    if jax.tree.structure(tree) != (expected := jax.tree.structure(description, is_leaf=_is_parameter)):
+    if jax.tree.structure(tree) != (expected := jax.tree.structure(description, is_leaf=is_parameter)):
         raise ValueError(f"the tree {jax.tree.structure(tree)} is not the described {expected}")
     tensors: dict[str, np.ndarray] = {}
     for (path, parameter), value in zip(paths(description), jax.tree.leaves(tree), strict=True):

@@ -28,7 +28,6 @@ from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import params, projection
-from allmrec_jax.models.llm import llama
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.training import loop
 from allmrec_jax.training.cf import CFModel
@@ -197,7 +196,7 @@ def freeze(llm: FrozenLLM, x_u: np.ndarray, e: np.ndarray, mesh: Mesh) -> tuple[
     statistics = projection.token_statistics(llm.weights["weights"]["embed"])
     frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e), "tokens": statistics}
     shardings = {
-        "llm": {"weights": params.shardings(llama.describe(llm.config), mesh)},
+        "llm": {"weights": params.shardings(llm.describe(), mesh)},
         "x_u": whole,
         "e": whole,
         "tokens": {"mean": whole, "spread": whole},

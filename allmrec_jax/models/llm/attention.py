@@ -1,4 +1,4 @@
-"""Attention that all language models here share: which token sees which, and rotary positions."""
+"""Attention that all language models here share: which token sees which, and at which position it stands."""
 
 from __future__ import annotations
 
@@ -37,19 +37,9 @@ def branch_positions(branch: Int[Array, "batch time"]) -> Int[Array, "batch time
     return jnp.where(branch == PAD, 0, mask.sum(-1) - 1)
 
 
-def rotary(
-    x: Float[Array, "batch time heads width"], positions: Int[Array, "batch time"], base: float
-) -> Float[Array, "batch time heads width"]:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of the Hugging Face weights.
-
-    Dimension k is paired with k + width/2 and turned by `positions * base ** (-2 k / width)` radians.
-    """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions[..., None].astype(jnp.float32) * frequency[None, None, :])[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def window_mask(positions: Int[Array, "batch time"], window: int) -> Bool[Array, "batch time time"]:
+    """Keys fewer than `window` positions back (a token itself is 0 back); a branch looks back into its prompt."""
+    return positions[:, :, None] - positions[:, None, :] < window
 
 
 def attend(

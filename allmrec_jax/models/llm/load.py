@@ -1,23 +1,24 @@
-"""Loads a frozen LLM and its tokenizer from a folder: Hugging Face safetensors, or one GGUF file."""
+"""Loads a frozen LLM and its tokenizer from a folder: Hugging Face safetensors or `.bin` files, or one GGUF file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from allmrec_jax.errors import UserError
-from allmrec_jax.models import params
-from allmrec_jax.models.llm.llama import Llama, LlamaConfig, describe
+from allmrec_jax.models import params, streaming
+from allmrec_jax.models.llm import gguf_file, opt, quantize
+from allmrec_jax.models.llm.architectures import MODULES, read_config
+from allmrec_jax.models.llm.quantize import FLOAT32, Precision
 from allmrec_jax.models.llm.tokenizer import Tokenizer, from_folder, from_gguf
-from allmrec_jax.models.tensor_files import SafeTensors
+from allmrec_jax.models.tensor_files import Renamed, tensors
 
 
 @dataclass(frozen=True)
@@ -29,168 +30,92 @@ class FrozenLLM:
 
     graph: Any
     weights: Any
-    config: LlamaConfig
+    config: Any
     tokenizer: Tokenizer | None
+    precision: Precision = FLOAT32
 
     @property
     def width(self) -> int:
-        """h, the width of the token embedding."""
-        return self.config.hidden_size
+        """h, the width of the token embedding, where O_u and O_i are injected."""
+        return self.config.width
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model reads."""
+        return self.config.context
+
+    def describe(self) -> dict[str, Any]:
+        """The description of `weights["weights"]`, as they are kept."""
+        return quantize.describe(MODULES[type(self.config)].describe(self.config), self.precision)
+
+    def parameters(self) -> int:
+        """How many parameters the model has, however they are kept."""
+        return params.count(MODULES[type(self.config)].describe(self.config))
 
 
 def build(
-    config: LlamaConfig,
+    config: Any,
     weights: Any,
     tokenizer: Tokenizer | None,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    precision: Precision = FLOAT32,
 ) -> FrozenLLM:
-    """The module built abstractly and `weights` placed on the mesh by the parameters' logical axes."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, jax.random.key(0))))
+    """The module built abstractly around `weights` (kept in `precision`), placed on the mesh by their logical axes."""
+    llm = FrozenLLM(_graph(config, precision), {"weights": weights}, config, tokenizer, precision)
     if mesh is not None:
-        weights = jax.tree.map(jax.device_put, weights, params.shardings(describe(config), mesh))
+        weights = jax.tree.map(jax.device_put, weights, params.shardings(llm.describe(), mesh))
     else:
         weights = jax.tree.map(jnp.asarray, weights)
-    return FrozenLLM(graph, {"weights": weights}, config, tokenizer)
+    return FrozenLLM(llm.graph, {"weights": weights}, config, tokenizer, precision)
+
+
+def _graph(config: Any, precision: Precision) -> Any:
+    module = MODULES[type(config)]
+    return nnx.split(nnx.eval_shape(lambda: module(config, jax.random.key(0), precision)))[0]
 
 
 def load_llm(folder: Path, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None) -> FrozenLLM:
-    """Reads `folder` (or a single `.gguf` file).
+    """Reads `folder` (or a single `.gguf` file), tensor by tensor, straight to its devices and its precision.
+
+    Args:
+      dtype: of the weights: a float dtype or its name, `auto`, `int8` or `int4` (see `quantize`).
+      mesh: cuts the weights by their logical axes.
 
     Raises:
-      UserError: if there is no model, its architecture is unknown, or its tensors do not fit.
+      UserError: if there is no model, its architecture is unknown, its tensors do not fit, it and its tokenizer are
+        not of one model, or the mesh does not divide its heads.
     """
-    folder = Path(folder)
+    folder, precision = Path(folder), quantize.precision(dtype)
     ggufs = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
     try:
         if (folder / "config.json").is_file():
             raw = json.loads((folder / "config.json").read_text())
-            config, tensors = _llama_config(raw, folder), SafeTensors(folder)
+            config = read_config(raw, str(folder))
             tokenizer = from_folder(folder, raw)
+            found: Mapping[str, Any] = Renamed(tensors(folder), opt.plain_name, str(folder))
         elif ggufs:
-            fields, tensors = read_gguf(ggufs[0])
-            config, tokenizer = _gguf_config(fields, tensors, ggufs[0]), from_gguf(fields)
+            fields, found, config = gguf_file.read(ggufs[0])
+            tokenizer = from_gguf(fields)
         else:
-            raise UserError(f"{folder} holds no model: neither config.json with safetensors nor a .gguf file")
-    except (KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{folder} holds no model: neither config.json with its weights nor a .gguf file")
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{folder}: the model's config is damaged or lacks {error}") from error
+    tokenizer.check_fits(config.vocab_size, str(folder))
+    _check_mesh(config, mesh, str(folder))
 
     def ignore(name: str) -> bool:
-        return "rotary_emb" in name or (name == "lm_head.weight" and config.tie_word_embeddings)
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        return tied or "rotary_emb" in name or name == gguf_file.DIVISORS
 
-    tree = params.from_torch(describe(config), tensors, dtype=dtype, ignore=ignore, source=str(folder))
-    return build(config, tree, tokenizer, mesh=mesh)
-
-
-def _llama_config(raw: dict[str, Any], folder: Path) -> LlamaConfig:
-    known = ("LlamaForCausalLM",)
-    architecture = (raw.get("architectures") or ["?"])[0]
-    if architecture not in known:
-        raise UserError(f"{folder}: architecture {architecture} is not supported (known: {', '.join(known)})")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{folder}: rotary scaling {rope} is not supported yet")
-    heads = raw["num_attention_heads"]
-    return LlamaConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads", heads),
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-    )
+    described = MODULES[type(config)].describe(config)
+    kept = quantize.describe(described, precision)
+    tree = streaming.load(described, found, kept, precision, mesh=mesh, ignore=ignore, source=str(folder))
+    return FrozenLLM(_graph(config, precision), {"weights": tree}, config, tokenizer, precision)
 
 
-GGUF_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-class GGUFTensors(Mapping):
-    """The tensors of a llama GGUF file under their Hugging Face names, dequantised to float32 one at a time.
-
-    GGUF stores the rows of q and k permuted for interleaved rotary pairs (0, 1), (2, 3), ...; here they are put back
-    to the half-split order of the original weights.
-    """
-
-    def __init__(self, reader: Any, heads: int, kv_heads: int):
-        self._tensors = {_gguf_name(tensor.name): tensor for tensor in reader.tensors}
-        self._heads = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[name]
-        array = dequantize(tensor.data, tensor.tensor_type)
-        for suffix, heads in self._heads.items():
-            if suffix in name:
-                array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _gguf_name(name: str) -> str:
-    if name in GGUF_NAMES:
-        return GGUF_NAMES[name]
-    try:
-        block, layer, part, kind = name.split(".")
-        if block == "blk":
-            return f"model.layers.{layer}.{GGUF_NAMES[part]}.{kind}"
-    except (ValueError, KeyError):
-        pass
-    return name  # reported as unknown by the loader
-
-
-def read_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors]:
-    """The fields (read when asked for: the vocabulary takes a second) and tensors of a GGUF file."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:
-        raise UserError(f"{path} is not a readable GGUF file ({error}); delete it and fetch it again") from error
-    if fields.get("general.architecture") != "llama":
-        raise UserError(f"{path}: architecture {fields.get('general.architecture')} is not supported (known: llama)")
-    heads = fields["llama.attention.head_count"]
-    return fields, GGUFTensors(reader, heads, fields.get("llama.attention.head_count_kv", heads))
-
-
-def _gguf_config(fields: dict[str, Any], tensors: Mapping, path: Path) -> LlamaConfig:
-    if any(name.startswith("llama.rope.scaling") for name in fields):
-        raise UserError(f"{path}: rotary scaling is not supported yet")
-    heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
-    return LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=hidden,
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.rope.dimension_count", hidden // heads),
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        rope_theta=fields.get("llama.rope.freq_base", 10000.0),
-        max_position_embeddings=fields["llama.context_length"],
-        tie_word_embeddings="lm_head.weight" not in tensors,
-    )
+def _check_mesh(config: Any, mesh: jax.sharding.Mesh | None, source: str) -> None:
+    parts, heads = 1 if mesh is None else mesh.shape.get("model", 1), config.num_attention_heads
+    if heads % parts:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise UserError(f"{source}: {heads} heads cannot be cut over {parts} devices; set devices.model to {fitting}")
