@@ -113,6 +113,8 @@ class Alignment:
     single_items: bool = False
     """Keep users with a single training item, as the public code does: x_u of an empty history, item 0 as target and
     as negative, whose text is `No Title`, `No Description`."""
+    targets: Literal["last", "all"] = "last"
+    """Of each user: the last training item (paper), or each one that has another before it (A-LLMRec_all)."""
     order: Literal["shuffled", "file"] = "shuffled"
     """Of the users: shuffled anew in each epoch, or as in the data (public code)."""
     chunk: int | None = None
@@ -150,8 +152,25 @@ class Injection:
 
     llm: str = "smollm2-135m-instruct"
     """A named LLM, or the folder (or .gguf file) of one."""
-    domain: Literal["movies", "games", "shopping"] = "shopping"
-    """Wording of the prompt: watched/movie, played/game or bought/item."""
+    domain: Literal["movies", "games", "shopping", "none"] = "shopping"
+    """Wording of the prompt: watched/movie, played/game or bought/item; none has neither verb nor instruction, as the
+    public code for data sets that it does not know."""
+    user_sentence: str = " is a user representation. "
+    """What follows O_u in the prompt; the public code's has no space at its end."""
+    sentence: str | None = None
+    """The rest of the prompt, with {history} and {candidates}, and {done}, {noun}, {do} of the domain; None is the
+    paper's."""
+    strip_around_special: bool = False
+    """Take white space behind an O_i away, as the public code's tokenizer did."""
+    logit_rows: int | None = None
+    """Predict tokens among the vocabulary's first rows alone; the public code cuts OPT's 50,272 to 50,269."""
+    targets: Literal["last", "all"] = "last"
+    """Of each user: the last training item (paper), or each one that has another before it (the paper's A-LLMRec_all,
+    with `align.targets all`)."""
+    single_items: bool = False
+    """Keep users with a single training item, as the public code does: an empty history and the target `No Title`."""
+    cf_dropout: bool = False
+    """Make x_u anew at each step with the CF model's dropout, as the public code does, which never turns it off."""
     history: int = 10
     """Last items named in the prompt."""
     candidates: int = 20
@@ -168,6 +187,9 @@ class Injection:
     with the mean and the spread of the LLM's token embeddings; `held`: kept so at every step, and folded into the
     heads' last layers at the end."""
     batch: int = 4
+    micro: int | None = None
+    """Users of one pass through the LLM; the gradients of a batch's passes are added up. None is one on CPU, where
+    each prompt then has its own length, and the whole batch elsewhere."""
     epochs: float = 5.0
     """Passes over the users; a fraction trains on that share of them."""
     learning_rate: float = 1e-4
@@ -179,10 +201,25 @@ class Injection:
     """Greatest norm of the gradient; None does not clip."""
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """Of the frozen weights; auto is float32 on CPU, else bfloat16. Integers are made while the weights are read."""
-    remat: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, a third more time."""
+    remat: Literal["none", "products", "layers"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but the products with weights, or each layer
+    from its input (a third more time)."""
     save_every: int = 25
     """Steps between checkpoints."""
+
+    def as_public_code(self) -> Injection:
+        """The same with every field that the public code decides otherwise than the paper.
+
+        It trains 10 epochs and evaluates the fifth: the same as 5, since its learning rate is constant.
+        """
+        return dataclasses.replace(
+            self,
+            user_sentence=" is a user representation.",
+            strip_around_special=True,
+            single_items=True,
+            cf_dropout=True,
+            batch=2,
+        )
 
 
 @dataclass(frozen=True)
@@ -340,6 +377,12 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ),
         ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
+        (
+            "llm.micro",
+            values["llm.micro"] is None or values["llm.micro"] >= 1 and not values["llm.batch"] % values["llm.micro"],
+            f"a divisor of llm.batch {values['llm.batch']}",
+        ),
+        ("llm.logit_rows", values["llm.logit_rows"] is None or values["llm.logit_rows"] >= 1, "at least 1"),
         ("llm.epochs", values["llm.epochs"] > 0, "above 0"),
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),

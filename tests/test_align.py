@@ -122,8 +122,8 @@ def test_switches_take_terms_out_of_the_loss():
 def test_users_with_one_training_item_are_left_out_or_kept_with_item_0(data):
     single = np.flatnonzero(data.n_train == 1)
     assert len(single)
-    assert not set(align.training_users(data, tiny.STAGE_1)) & set(single)
-    users = align.training_users(data, dataclasses.replace(tiny.STAGE_1, single_items=True))
+    assert not set(data.examples()[0]) & set(single)
+    users = data.examples(single=True)[0]
     assert set(single) < set(users)
     assert (data.targets("train")[single] == 0).all()
     drawn = _drawn(data, users)
@@ -259,5 +259,5 @@ def test_a_picture_is_coloured_by_categories_that_tell_items_apart():
 def test_nobody_to_align_is_named(tmp_path):
     data = tiny.dataset(tmp_path / "d", n_users=1, seed=1)
     short = dataclasses.replace(data, offsets=np.array([0, 0, 1]), items=data.items[:1])
-    with pytest.raises(UserError, match="nothing to align"):
-        align.training_users(short, tiny.STAGE_1)
+    with pytest.raises(UserError, match="nothing to train on"):
+        short.examples()

@@ -27,6 +27,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer
@@ -107,6 +108,31 @@ class Dataset:
         """Each user's target item of `split`, 0 where there is none."""
         ends = np.minimum(self.history_end(split), self.n_interactions - 1)
         return np.where(self.has_target(split), self.items[ends], 0).astype(np.int32)
+
+    def examples(
+        self, targets: Literal["last", "all"] = "last", *, single: bool = False
+    ) -> tuple[Integer[np.ndarray, " rows"], Integer[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]:
+        """(users, ends, targets) to train on: an item, and the history before it, which ends there.
+
+        Args:
+          targets: each user's last training item, or each training item that has another before it.
+          single: with a row, too, for users with one training item: an empty history and item 0 as the target.
+
+        Raises:
+          UserError: if there is nobody.
+        """
+        n_train = self.n_train
+        users = np.flatnonzero(n_train > 0 if single else self.has_target("train"))
+        if not len(users):
+            raise UserError(f"{self.name}: no user has two training items, so there is nothing to train on")
+        if targets == "last":
+            return users, self.history_end("train")[users], self.targets("train")[users]
+        rows = np.maximum(n_train[users] - 1, 1)
+        users = np.repeat(users, rows)
+        at = np.arange(len(users)) - np.repeat(np.cumsum(rows) - rows, rows)  # 0, 1, ... within each user
+        alone = n_train[users] == 1
+        ends = self.offsets[users] + at + ~alone
+        return users, ends, np.where(alone, 0, self.items[ends]).astype(np.int32)
 
     def windows(
         self, ends: Integer[np.ndarray, " rows"], length: int, users: Integer[np.ndarray, " rows"] | None = None

@@ -22,7 +22,6 @@ from rich.console import Console
 from allmrec_jax.config import Alignment
 from allmrec_jax.data import batches, text_groups
 from allmrec_jax.data.dataset import Dataset
-from allmrec_jax.errors import UserError
 from allmrec_jax.files import write_atomically
 from allmrec_jax.models import alignment, params
 from allmrec_jax.models.text_encoder import LoadedEncoder, tokenize
@@ -99,14 +98,6 @@ def make_optimiser(config: Alignment, steps: np.ndarray | None = None) -> optax.
     return optax.chain(keep_gradients(steps, config.batch), optimiser)
 
 
-def training_users(dataset: Dataset, config: Alignment) -> np.ndarray:
-    """Who is aligned on. Raises `UserError` if nobody is left."""
-    users = np.flatnonzero(dataset.n_train > 0 if config.single_items else dataset.has_target("train"))
-    if not len(users):
-        raise UserError(f"{dataset.name}: no user has two training items, so there is nothing to align")
-    return users
-
-
 def train_align(
     config: Alignment,
     dataset: Dataset,
@@ -119,7 +110,7 @@ def train_align(
     devices: Sequence[Any] | None = None,
     console: Console | None = None,
 ) -> tuple[Aligned, Curves]:
-    """Trains (or goes on with) stage 1 in `folder`, on the last (history, next, random negative) of each user.
+    """Trains (or goes on with) stage 1 in `folder`, on (history, next, random negative): each user's last, or all.
 
     Of the training items only. The tables of `Aligned` are kept beside the checkpoints.
     """
@@ -128,7 +119,7 @@ def train_align(
     init_I, init_T, order_key, negative_key, dropout_key = jax.random.split(key, 5)
     tokens, lengths = tokenize(encoder.backend, item_texts(dataset, config.text), encoder.config.max_seq_length)
     dtype = jnp.dtype(mesh.precision(config.dtype))
-    users = training_users(dataset, config)
+    users, ends, positives = dataset.examples(config.targets, single=config.single_items)
     steps = spans(len(users), config.batch, config.chunk)
     rows = min(config.batch, config.chunk or config.batch)
     devices = mesh.data_devices(rows, devices)
@@ -145,10 +136,10 @@ def train_align(
 
     drawing = {
         "users": jnp.asarray(users, jnp.int32),
-        "positives": jnp.asarray(dataset.targets("train")[users]),
+        "positives": jnp.asarray(positives),
         "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
     }
-    windows = dataset.windows(dataset.history_end("train")[users], cf.config.maxlen, users)
+    windows = dataset.windows(ends, cf.config.maxlen, users)
     # Host copies: cf's arrays may be committed to one device (restored) or to others than this stage uses.
     data = drawing | {"E": np.asarray(cf.E)}
     if terms.cf is None:
