@@ -1,5 +1,6 @@
 """A GGUF file read by us and by transformers gives the same logits and the same tokens."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -17,21 +18,30 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 import tiny  # noqa: E402
 from parity import assert_trees_close, randomised  # noqa: E402
 
+from allmrec_jax.errors import UserError  # noqa: E402
 from allmrec_jax.models import params  # noqa: E402
-from allmrec_jax.models.llm import llama, load  # noqa: E402
+from allmrec_jax.models.llm import gguf_file, llama, load, rotary  # noqa: E402
 
+# A row is one block of the K-quants.
 C = llama.LlamaConfig(
     vocab_size=len(tiny.byte_tokenizer().backend.get_vocab()),
-    hidden_size=32,  # a block of Q8_0
-    intermediate_size=64,
+    hidden_size=256,
+    intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=8,
+    head_dim=64,
     rms_norm_eps=2**-12,  # exact in float32, as GGUF stores it
     rope_theta=500.0,
     max_position_embeddings=256,
 )
+KINDS = {
+    "llama": C,  # Mistral's files too
+    "llama, untied": dataclasses.replace(C, tie_word_embeddings=False),
+    "qwen2": dataclasses.replace(C, qkv_bias=True),
+    # transformers takes heads of Qwen3 to be 128 wide, whatever the file says
+    "qwen3": dataclasses.replace(C, qk_norm=True, tie_word_embeddings=False, head_dim=128),
+}
 HARD_TEXTS = [
     ' is a user representation. This user has watched "Toy Story","Heat" in the previous.',
     '","',
@@ -84,23 +94,43 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def _write(path: Path, tree, quantise: bool) -> Path:
-    """A GGUF file as llama.cpp writes it; matrices in Q8_0 if `quantise`, the tokenizer inside."""
-    tensors = params.to_torch(llama.describe(C), tree)
-    kinds = {hugging_face: name for name, hugging_face in load.GGUF_NAMES.items()}
-    backend = tiny.byte_tokenizer().backend
-    tokens = sorted(backend.get_vocab(), key=backend.get_vocab().get)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(C.max_position_embeddings)
-    writer.add_embedding_length(C.hidden_size)
-    writer.add_block_count(C.num_hidden_layers)
-    writer.add_feed_forward_length(C.intermediate_size)
-    writer.add_head_count(C.num_attention_heads)
-    writer.add_head_count_kv(C.num_key_value_heads)
-    writer.add_rope_dimension_count(C.head_dim)
-    writer.add_layer_norm_rms_eps(C.rms_norm_eps)
-    writer.add_rope_freq_base(C.rope_theta)
-    writer.add_vocab_size(C.vocab_size)
+def _blocks(shape: tuple[int, int], kind: gguf.GGMLQuantizationType, random: np.random.Generator) -> np.ndarray:
+    """A random matrix in a K-quant, which `gguf` reads but does not write: small scales, everything else at random."""
+    size, scales = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,)), "Q3_K": (110, (108,))}[
+        kind.name
+    ]
+    blocks = random.integers(0, 256, (shape[0], shape[1] // 256, size), dtype=np.uint8)
+    for k, at in enumerate(scales):
+        value = np.float16((2e-4, 1e-3)[k] if len(scales) == 2 else 2e-5 if kind.name == "Q6_K" else 4e-4)
+        blocks[..., at : at + 2] = np.frombuffer(value.tobytes(), np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def _write(path: Path, kind: str, c: llama.LlamaConfig, tree, quant: str = "F32") -> Path:
+    """A GGUF file as llama.cpp writes it; matrices in `quant`, the tokenizer inside."""
+    tensors, name = params.to_torch(llama.describe(c), tree), kind.split(",")[0]
+    names = {there: here for here, there in gguf_file.NAMES.items()}
+    byte_level = tiny.byte_tokenizer().backend.get_vocab()
+    tokens = sorted(byte_level, key=byte_level.__getitem__)
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    if name == "llama":
+        writer.add_rope_dimension_count(c.head_dim)
+    else:
+        writer.add_key_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    if c.rope_scaling is not None and c.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.rope_scaling.factor)
+    elif c.rope_scaling is not None:
+        writer.add_tensor(gguf_file.DIVISORS, np.array(c.rope_scaling.divisors, np.float32))
+    writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -108,19 +138,22 @@ def _write(path: Path, tree, quantise: bool) -> Path:
     writer.add_token_merges([" ".join(merge) for merge in tiny.MERGES])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    for name, array in tensors.items():
-        if name in kinds:
-            stored = kinds[name]
+    random, how = np.random.default_rng(0), gguf.GGMLQuantizationType[quant]
+    for their_name, array in tensors.items():
+        part, ending = their_name.rsplit(".", 1)
+        if part in names:
+            stored = f"{names[part]}.{ending}"
         else:
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            stored = f"blk.{layer}.{kinds[part]}.weight"
-        if "q_proj" in name or "k_proj" in name:
-            array = _interleaved(array, C.num_attention_heads if "q_proj" in name else C.num_key_value_heads)
-        if quantise and array.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
+            _, _, layer, part = part.split(".", 3)
+            stored = f"blk.{layer}.{names[part]}.{ending}"
+        if name == "llama" and ("q_proj" in their_name or "k_proj" in their_name):
+            array = _interleaved(array, c.num_attention_heads if "q_proj" in their_name else c.num_key_value_heads)
+        if quant == "F32" or array.ndim == 1:
             writer.add_tensor(stored, array)
+        elif quant.endswith("_K"):
+            writer.add_tensor(stored, _blocks(array.shape, how, random), raw_dtype=how)
+        else:
+            writer.add_tensor(stored, gguf.quants.quantize(array, how), raw_dtype=how)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -128,24 +161,67 @@ def _write(path: Path, tree, quantise: bool) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def tree():
-    return randomised(jax.random.key(0), llama.describe(C), spread=0.2)
+def _random(c: llama.LlamaConfig):
+    return jax.device_get(randomised(jax.random.key(0), llama.describe(c), spread=0.05))
 
 
-def test_a_file_in_full_precision_gives_the_weights_back(tree, tmp_path):
-    llm = load.load_llm(_write(tmp_path / "tiny.gguf", tree, quantise=False))
-    assert llm.config == C
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_in_full_precision_gives_the_weights_back(kind, tmp_path):
+    tree = _random(KINDS[kind])
+    llm = load.load_llm(_write(tmp_path / "tiny.gguf", kind, KINDS[kind], tree))
+    assert llm.config == KINDS[kind]
     assert_trees_close(llm.weights["weights"], tree, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("quantise", [False, True], ids=["F32", "Q8_0"])
-def test_a_tiny_file_gives_the_same_logits(tree, tmp_path, quantise):
-    path = _write(tmp_path / "tiny.gguf", tree, quantise)
+def _agree(ours: np.ndarray, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    assert np.ptp(theirs, axis=-1).min() > 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_architecture_gives_the_same_logits(kind, tmp_path):
+    path = _write(tmp_path / "tiny.gguf", kind, KINDS[kind], _random(KINDS[kind]), "Q8_0")
     tokens = np.random.default_rng(0).integers(0, C.vocab_size, (2, 17))
-    ours, theirs = _logits(load.load_llm(path), tokens), _their_logits(path, tokens)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert np.ptp(theirs, axis=-1).min() > 1
+    _agree(_logits(load.load_llm(path), tokens), _their_logits(path, tokens))
+
+
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_each_way_of_storing_numbers_gives_the_same_logits(quant, tmp_path):
+    path = _write(tmp_path / "tiny.gguf", "llama", C, _random(C), quant)
+    tokens = np.random.default_rng(0).integers(0, C.vocab_size, (2, 17))
+    _agree(_logits(load.load_llm(path), tokens), _their_logits(path, tokens))
+
+
+def test_slowed_rotations_are_read_as_llama_cpp_stores_them(tmp_path):
+    """Linear scaling as a field; Llama 3.1's as the divisor of each frequency, in a tensor."""
+    three = rotary.Scaling("llama3", 8.0, 1.0, 4.0, 32)
+    divisors = rotary.frequencies(64, 500.0) / rotary.frequencies(64, 500.0, three)
+    assert set(np.round(divisors, 3)) > {1.0, 8.0}
+    given = rotary.Scaling("given", divisors=tuple(divisors.tolist()))
+    tokens = np.random.default_rng(0).integers(0, C.vocab_size, (2, 17))
+    logits = {}
+    for name, scaling in {"none": None, "linear": rotary.Scaling("linear", 4.0), "given": given}.items():
+        c = dataclasses.replace(C, rope_scaling=scaling)
+        llm = load.load_llm(_write(tmp_path / f"{name}.gguf", "llama", c, _random(c)))
+        assert llm.config == c
+        logits[name] = _logits(llm, tokens)
+    c = dataclasses.replace(C, rope_scaling=three)
+    np.testing.assert_allclose(_logits(load.build(c, _random(c), None), tokens), logits["given"], rtol=0, atol=1e-4)
+    assert np.abs(logits["none"] - logits["given"]).max() > 0.01 < np.abs(logits["none"] - logits["linear"]).max()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [("gemma3", "gemma3 is not supported.*llama, qwen2, qwen3"), ("llama", "damaged or lacks 'llama.attention")],
+)
+def test_another_or_an_incomplete_file_is_refused(architecture, says, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=says):
+        load.load_llm(tmp_path / "x.gguf")
 
 
 # ------------------------------------------------------------------------------------------------------ the real file
