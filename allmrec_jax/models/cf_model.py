@@ -36,11 +36,12 @@ class CFModel:
         self,
         windows: Int[np.ndarray, "users maxlen"],
         users: Int[np.ndarray, " users"] | None = None,
-        batch: int = 512,
+        batch: int = 128,
     ) -> Float[np.ndarray, "users d"]:
         """User representations of left-padded windows.
 
-        In batches of one shape, short histories apart from long ones, so that little is computed on padding.
+        In batches of one shape, short histories apart from long ones, so that little is computed on padding, and small
+        enough for a CPU's caches.
 
         Args:
           users: their ids, where they are known: a model of users (NCF) then gives their rows.
@@ -55,7 +56,7 @@ class CFModel:
         windows = windows[:, -maxlen:]
         lengths, longest = (windows != 0).sum(1), windows.shape[1]
         out, done = np.zeros((len(windows), self.config.width), np.float32), np.zeros(len(windows), bool)
-        for width in sorted({min(width, longest) for width in (4, 16, longest)}):
+        for width in sorted({min(width, longest) for width in (4, 8, 16, longest)}):
             rows = np.flatnonzero((lengths <= width) & ~done)
             if width < longest and len(rows) < batch:
                 continue  # too few for a program of their own
@@ -86,7 +87,7 @@ class CFModel:
         return out
 
     def scores(
-        self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"], cells: int = 1 << 18
+        self, x_u: np.ndarray, candidates: Int[Anywhere, "users candidates"], cells: int = 1 << 15
     ) -> Float[np.ndarray, "users candidates"]:
         """The score of each candidate: x_u . E_i, or the model's own. Raises `UserError` for an id beyond the table.
 
