@@ -379,7 +379,7 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
         (
             "llm.micro",
-            values["llm.micro"] is None or values["llm.micro"] >= 1 and not values["llm.batch"] % values["llm.micro"],
+            values["llm.micro"] is None or (values["llm.micro"] >= 1 and not values["llm.batch"] % values["llm.micro"]),
             f"a divisor of llm.batch {values['llm.batch']}",
         ),
         ("llm.logit_rows", values["llm.logit_rows"] is None or values["llm.logit_rows"] >= 1, "at least 1"),

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from allmrec_jax.config import Experiment, as_dict
 from allmrec_jax.data import sources
 from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
+from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation.rank import make_ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
@@ -52,7 +53,7 @@ def _files(folder: Path) -> dict[str, int]:
 # Fields that change how, but not what, a stage computes.
 NO_INFLUENCE = {
     "align": ("save_every",),
-    "llm": ("save_every", "remat"),
+    "llm": ("save_every", "remat", "micro"),
     "evaluation": ("batch", "resamples", "examples"),
 }
 
@@ -175,7 +176,7 @@ class Pipeline:
 
     @functools.cached_property
     def llm(self) -> FrozenLLM:
-        return load_llm(self.llm_folder, dtype=self.llm_dtype, mesh=self.mesh)
+        return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh)
 
     @functools.cached_property
     def _heads(self) -> tuple[dict[str, Any], Curves]:
@@ -195,7 +196,7 @@ class Pipeline:
         """Prompts of this experiment's data, LLM and wording."""
         config, context = self.experiment.llm, self.llm.config.max_position_embeddings
         return PromptBuilder(
-            self.llm.tokenizer, self.dataset.titles(), DOMAINS[config.domain], context=context, inject=inject
+            self.llm.tokenizer, self.dataset.titles(), template_of(config), context=context, inject=inject
         )
 
     def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None):
@@ -210,6 +211,8 @@ class Pipeline:
             candidates=candidates,
             normalise=config.score == "mean",
             batch=batch or config.batch,
+            logit_rows=self.experiment.llm.logit_rows,
+            how=self.experiment.devices.map,
         )
 
 
@@ -219,11 +222,10 @@ def train(pipeline: Pipeline, stage: str) -> None:
         raise UserError(f"there is no stage {stage!r}; choose cf, align or llm")
     {"cf": lambda: pipeline.cf, "align": lambda: pipeline.aligned, "llm": lambda: pipeline.heads}[stage]()
     if stage == "cf":
-        from allmrec_jax.evaluation.cf import figures, table
+        from allmrec_jax.evaluation.cf import report
 
-        found = figures(pipeline.cf, pipeline.dataset, seed=pipeline.experiment.seed)
-        write_json(pipeline.workdir / "cf" / "metrics.json", found)
-        pipeline.console.print(table(found))
+        x, (model, curves) = pipeline.experiment, pipeline._cf
+        report(model, curves, pipeline.dataset, pipeline.workdir / "cf", x.cf, seed=x.seed, console=pipeline.console)
     elif stage == "align":
         from allmrec_jax.evaluation.alignment import report
 

@@ -312,6 +312,16 @@ def test_help_lists_the_fields_that_matter_to_a_stage(arguments, there, absent, 
     assert absent not in shown
 
 
+def test_train_cf_names_its_checkpoint_and_compares_with_trivial_models(inputs, tmp_path, capsys):
+    arguments = ["train", "cf", *inputs[1:], "--workdir", str(tmp_path / "work")]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"stage 0: SASRec, epoch [24] of 4 .*, {tmp_path / 'work' / 'cf' / 'checkpoints'}/[24]\n", shown)
+    assert "popularity" in shown
+    found = json.loads((tmp_path / "work" / "cf" / "metrics.json").read_text())
+    assert set(found) == {"reference", "full", "new", "baselines"}
+
+
 def test_data_commands(inputs, tmp_path, capsys):
     raw = inputs[inputs.index("--data.name") + 1]
     assert cli.main(["data", "prepare", raw, "--out", str(tmp_path / "data"), "--strip-years"]) == 0

@@ -11,10 +11,12 @@ import tiny
 from flax import nnx
 
 from allmrec_jax.config import Injection
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
+from allmrec_jax.data import packing
+from allmrec_jax.data.packing import pack
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import projection
-from allmrec_jax.training import inject
+from allmrec_jax.training import inject, inject_step
 from allmrec_jax.training.mesh import make_mesh
 from allmrec_jax.training.state import create
 
@@ -36,10 +38,10 @@ def on_mesh(data: int, model: int, optimiser: optax.GradientTransformation, **op
     """(step, fresh state, frozen) of a tiny LLM on data x model devices."""
     mesh = make_mesh(data, model)
     llm = tiny.frozen_llm(mesh)
-    frozen, shardings = inject.freeze(llm, X_U, E, mesh)
+    frozen, shardings = inject.freeze(llm, mesh, x_u=X_U, e=E)
     embed = jnp.asarray(jax.device_get(llm.weights["weights"]["embed"]))
     heads = inject.init_heads(jax.random.key(4), jnp.asarray(X_U), jnp.asarray(E[1:]), embed)
-    return inject.make_step(llm.graph, shardings, mesh, optimiser, **options), create(heads, optimiser), frozen
+    return inject_step.make_step(llm.graph, shardings, mesh, optimiser, **options), create(heads, optimiser), frozen
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +58,16 @@ def batch(llm):
 def sgd():
     """(step on one device, start, frozen) with plain gradient descent, so that the update is the gradient."""
     step, state, frozen = on_mesh(1, 1, optax.sgd(1.0))
-    return lambda batch: jax.device_get(step(jax.tree.map(jnp.array, state), frozen, batch)), state, frozen
+    return lambda batch: jax.device_get(step(jax.tree.map(jnp.array, state), frozen, [batch])), state, frozen
 
 
 @pytest.fixture(scope="module")
 def one_step(sgd, batch):
     return sgd[0](batch)
+
+
+def tables(heads) -> dict[str, jax.Array]:
+    return {"O_u": projection.F_U(heads["F_U"], jnp.asarray(X_U)), "O_i": projection.F_I(heads["F_I"], jnp.asarray(E))}
 
 
 def assert_close(a, b, rtol=1e-4, atol=1e-6) -> None:
@@ -76,7 +82,7 @@ def test_injected_positions_and_nothing_else_differ_from_the_plain_embeddings(ll
     plain = nnx.merge(llm.graph, llm.weights).embed(batch["tokens"])
     O_u = projection.F_U(state.params["F_U"], frozen["x_u"][batch["rows"]])
     O_i = projection.F_I(state.params["F_I"], frozen["e"][batch["slot_items"]])
-    injected = np.asarray(inject.inject(plain, O_u, O_i, batch))
+    injected = np.asarray(inject_step.inject(plain, O_u, O_i, batch))
     differs = (injected != np.asarray(plain)).any(-1)
     expected = np.zeros(differs.shape, bool)
     for row in range(USERS):
@@ -92,7 +98,7 @@ def test_injected_positions_and_nothing_else_differ_from_the_plain_embeddings(ll
 
 def test_without_heads_the_prompt_stays_as_it_is(llm, batch, sgd):
     _, _, frozen = sgd
-    read = jax.jit(lambda b: inject.answer_log_likelihood(llm.graph, None, frozen, b))
+    read = jax.jit(lambda b: inject_step.answer_log_likelihood(llm.graph, None, frozen, b))
     elsewhere = batch | {
         "slots": batch["slots"] * 0 + 3,
         "user_slot": batch["user_slot"] + 5,
@@ -113,7 +119,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(llm, batch, sgd, on
         model = nnx.merge(llm.graph, llm.weights)
         O_u = projection.F_U(state.params["F_U"], frozen["x_u"][batch["rows"]])
         O_i = projection.F_I(state.params["F_I"], frozen["e"][batch["slot_items"]])
-        return model.logits(model(inject.inject(model.embed(batch["tokens"]), O_u, O_i, batch), batch["branch"]))
+        return model.logits(model(inject_step.inject(model.embed(batch["tokens"]), O_u, O_i, batch), batch["branch"]))
 
     log_p = np.asarray(jax.nn.log_softmax(all_logits(batch)), np.float64)
     branch, tokens = np.asarray(batch["branch"]), np.asarray(batch["tokens"])
@@ -128,7 +134,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(llm, batch, sgd, on
 
 def test_nothing_behind_the_answer_and_no_padding_moves_the_loss(llm, batch, sgd):
     _, state, frozen = sgd
-    read = jax.jit(lambda b: inject.losses(state.params, llm.graph, frozen, b, Injection())[0])
+    read = jax.jit(lambda b: inject_step.losses(state.params, llm.graph, frozen, b, Injection())[0])
     before = float(read(batch))
     padding = batch["branch"] == -1
     unused = batch["answer_weight"] == 0
@@ -152,23 +158,44 @@ def test_rows_that_fill_up_a_batch_change_nothing(llm, sgd):
     assert_close(state, expected_state)
 
 
-def test_recomputation_changes_no_gradient(batch, one_step):
-    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), config=Injection(remat=True))
-    assert_close(jax.device_get(step(state, frozen, batch)), one_step)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_parts_of_a_batch_add_up_to_its_gradient(llm, sgd, rows):
+    """Whatever the loss, and however long each part is padded."""
+    for config in (Injection(), Injection(candidates=2, choice_weight=0.5, init="held")):
+        step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), config=config)
+        builder = PromptBuilder(llm.tokenizer, TITLES, DOMAINS["movies"], context=512)
+        prompts = builder.prompts(HISTORIES, CANDIDATES)
+        answers = [builder.answers(row if config.choice_weight else [row[0]]) for row in CANDIDATES]
+        column = [1, 0, 1, 0] if config.choice_weight else None
+        whole = pack(prompts, answers, rows=range(USERS), targets=column)
+        tiers = packing.Tiers(rows, np.array([200, 300]), packing.Room(0, 0, 0))
+        parts = tiers.parts(prompts, answers, rows=range(USERS), targets=column)
+        assert len(parts) == USERS // rows
+        start = jax.device_get(state)
+        expected = jax.device_get(step(jax.tree.map(jnp.array, start), frozen, [whole]))
+        assert_close(
+            jax.device_get(step(jax.tree.map(jnp.array, start), frozen, parts)), expected, rtol=2e-4, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("remat", ["products", "layers"])
+def test_recomputation_changes_no_gradient(batch, one_step, remat):
+    step, state, frozen = on_mesh(1, 1, optax.sgd(1.0), config=Injection(remat=remat))
+    assert_close(jax.device_get(step(state, frozen, [batch])), one_step)
 
 
 def test_several_answers_are_scored_as_each_alone(llm, sgd):
     """All candidates of a user in one forward pass, each a branch, as if each were the only continuation."""
-    _, state, frozen = sgd
+    _, state, _ = sgd
     mesh = make_mesh(1, 1)
-    _, shardings = inject.freeze(llm, X_U, E, mesh)
+    plain, shardings = inject.freeze(llm, mesh)
     builder = PromptBuilder(llm.tokenizer, [*TITLES[:-1], "A longer title"], DOMAINS["movies"], context=512)
     [prompt] = builder.prompts([[1, 2]], [[6, 40, 7]])
     answers = builder.answers([6, 40, 7])
 
     def score(normalise: bool, *answers: list[int]) -> np.ndarray:
-        scorer = inject.make_scorer(llm.graph, shardings, mesh, answers=len(answers), normalise=normalise)
-        return np.asarray(scorer(state.params, frozen, pack([prompt], [answers], rows=[1])))[0]
+        scorer = inject_step.make_scorer(llm.graph, shardings, mesh, answers=len(answers), normalise=normalise)
+        return np.asarray(scorer(tables(state.params), plain, pack([prompt], [answers], rows=[1])))[0]
 
     total = score(False, *answers)
     np.testing.assert_allclose(total, [score(False, answer)[0] for answer in answers], rtol=1e-4)
@@ -181,8 +208,8 @@ def test_several_answers_are_scored_as_each_alone(llm, sgd):
 def test_the_choice_loss_is_the_cross_entropy_of_the_ranking_and_training_on_it_lowers_it(llm):
     config = Injection(candidates=2, choice_weight=1.0, title_weight=0.0, sharpness=4.0)
     step, state, frozen = on_mesh(1, 1, optax.adam(1e-2), config=config)
-    scorer = inject.make_scorer(
-        llm.graph, inject.freeze(llm, X_U, E, make_mesh(1, 1))[1], make_mesh(1, 1), answers=2, normalise=True
+    scorer = inject_step.make_scorer(
+        llm.graph, inject.freeze(llm, make_mesh(1, 1))[1], make_mesh(1, 1), answers=2, normalise=True
     )
     builder = PromptBuilder(llm.tokenizer, TITLES, DOMAINS["movies"], context=512)
     prompts, answers = builder.prompts(HISTORIES, CANDIDATES), [builder.answers(row) for row in CANDIDATES]
@@ -190,13 +217,13 @@ def test_the_choice_loss_is_the_cross_entropy_of_the_ranking_and_training_on_it_
     batch = jax.tree.map(jnp.asarray, pack(prompts, answers, rows=list(range(USERS)), targets=column))
 
     def expected() -> float:
-        scores = 4.0 * np.asarray(scorer(state.params, frozen, batch), np.float64)
+        scores = 4.0 * np.asarray(scorer(tables(state.params), {"llm": frozen["llm"]}, batch), np.float64)
         return -np.mean([row[c] - np.log(np.exp(row).sum()) for row, c in zip(scores, column, strict=True)])
 
     first = expected()
     for k in range(30):
         before = expected() if k in (0, 29) else None
-        state, terms = step(state, frozen, batch)
+        state, terms = step(state, frozen, [batch])
         if before is not None:
             np.testing.assert_allclose(terms["choice"], before, rtol=1e-4)
             np.testing.assert_allclose(terms["loss"], before, rtol=1e-4)
@@ -212,7 +239,7 @@ def test_frozen_weights_are_untouched_and_the_optimiser_knows_the_heads_only(bat
     numbers = sum(x.size for x in jax.tree.leaves(start))
     assert set(start) == {"F_U", "F_I"}
     for _ in range(3):
-        state, _ = step(state, frozen, batch)
+        state, _ = step(state, frozen, [batch])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
     assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * numbers + 1  # two moments and a count
     # All of both heads has moved, so nothing of the heads was frozen by mistake.
@@ -220,7 +247,7 @@ def test_frozen_weights_are_untouched_and_the_optimiser_knows_the_heads_only(bat
     assert all(jax.tree.leaves(moved)), moved
 
 
-@pytest.mark.parametrize(("data", "model"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(("data", "model"), [(2, 2), (1, 4), (4, 1)])
 def test_a_step_over_a_mesh_equals_one_device(batch, one_step, data, model):
     step, state, frozen = on_mesh(data, model, optax.sgd(1.0))
     sharded = {
@@ -241,7 +268,7 @@ def test_a_step_over_a_mesh_equals_one_device(batch, one_step, data, model):
         "k": (c.num_hidden_layers, h, kv, k),
         "down": (c.num_hidden_layers, c.intermediate_size // model, h),
     }
-    state, metrics = step(state, frozen, batch)
+    state, metrics = step(state, frozen, [batch])
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     assert_close(jax.device_get((state, metrics)), one_step)
 
@@ -298,12 +325,12 @@ def test_held_heads_neither_move_nor_stretch_however_hard_they_are_pushed(llm, b
     config = Injection(init="held")
     step, state, frozen = on_mesh(1, 1, optax.adam(0.3), config=config)
     for _ in range(3):
-        state, terms = step(state, frozen, batch)
+        state, terms = step(state, frozen, [batch])
     assert np.isfinite(terms["loss"])
     statistics = frozen["tokens"]
     free = projection.F_I(state.params["F_I"], jnp.asarray(E[1:]))
     assert float(jnp.std(free)) > 3 * float(statistics["spread"])  # the raw weights did run away
-    heads = inject.settle(state.params, jnp.asarray(X_U), jnp.asarray(E[1:]), statistics)
+    heads = inject_step.settle(state.params, jnp.asarray(X_U), jnp.asarray(E[1:]), statistics)
     for outputs in (projection.F_I(heads["F_I"], jnp.asarray(E[1:])), projection.F_U(heads["F_U"], jnp.asarray(X_U))):
         centred = outputs - statistics["mean"][None]
         np.testing.assert_allclose(outputs.mean(0), statistics["mean"], atol=1e-5)

@@ -16,13 +16,14 @@ import tiny  # noqa: E402
 from parity import assert_trees_close, gradients_of, load, randomised, weights_of  # noqa: E402
 
 from allmrec_jax.config import Injection  # noqa: E402
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack  # noqa: E402
+from allmrec_jax.data.packing import pack  # noqa: E402
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder  # noqa: E402
 from allmrec_jax.evaluation.rank import make_ranker  # noqa: E402
 from allmrec_jax.models import projection  # noqa: E402
 from allmrec_jax.models.llm import llama  # noqa: E402
 from allmrec_jax.models.llm.load import build  # noqa: E402
 from allmrec_jax.torch_baseline.inject import Injector  # noqa: E402
-from allmrec_jax.training import inject  # noqa: E402
+from allmrec_jax.training import inject, inject_step  # noqa: E402
 from allmrec_jax.training.mesh import make_mesh  # noqa: E402
 from allmrec_jax.training.state import create  # noqa: E402
 
@@ -146,9 +147,9 @@ def test_stage_2_loss_and_gradients_are_equal(stage_2):
     llm, heads, baseline, _, _, _, x_u, e = stage_2
     prompts, answers, packed = _batch(stage_2)
     frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
-    value, gradients = jax.jit(jax.value_and_grad(lambda h, f, b: inject.losses(h, llm.graph, f, b, Injection())[0]))(
-        heads, frozen, packed
-    )
+    value, gradients = jax.jit(
+        jax.value_and_grad(lambda h, f, b: inject_step.losses(h, llm.graph, f, b, Injection())[0])
+    )(heads, frozen, packed)
     baseline.zero_grad()
     expected = baseline(prompts, answers, torch.tensor(x_u), torch.tensor(e))
     expected.backward()
@@ -165,9 +166,9 @@ def test_one_step_of_stage_2_is_equal(stage_2, shape):
     llm, heads, baseline, _, _, _, x_u, e = stage_2
     prompts, answers, packed = _batch(stage_2)
     mesh, optimiser = make_mesh(*shape), optax.adam(RATE, b1=0.9, b2=0.98, eps=1e-8)
-    frozen, shardings = inject.freeze(llm, x_u, e, mesh)
-    step = inject.make_step(llm.graph, shardings, mesh, optimiser)
-    state, metrics = step(create(jax.device_get(heads), optimiser), frozen, packed)
+    frozen, shardings = inject.freeze(llm, mesh, x_u=x_u, e=e)
+    step = inject_step.make_step(llm.graph, shardings, mesh, optimiser)
+    state, metrics = step(create(jax.device_get(heads), optimiser), frozen, [packed])
 
     sides = {"F_U": (baseline.log_proj, D), "F_I": (baseline.item_proj, JOINT)}
     for name, (module, width) in sides.items():
@@ -197,7 +198,7 @@ def test_the_choice_loss_and_its_gradients_are_equal(stage_2):
     answers = [builder.answers(row.tolist()) for row in candidates]
     packed = pack(prompts, answers, rows=range(USERS), targets=targets)
     frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
-    gradient = jax.value_and_grad(lambda h, f, b: inject.losses(h, llm.graph, f, b, config), has_aux=True)
+    gradient = jax.value_and_grad(lambda h, f, b: inject_step.losses(h, llm.graph, f, b, config), has_aux=True)
     (value, terms), gradients = jax.jit(gradient)(heads, frozen, packed)
 
     baseline.zero_grad()
@@ -254,7 +255,11 @@ def test_candidates_in_one_pass_score_as_each_in_a_row_of_its_own(stage_2):
     llm, heads, _, builder, histories, candidates, x_u, e = stage_2
     frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e)}
     prompts = builder.prompts(histories, candidates)
-    score = jax.jit(lambda batch: inject.answer_log_likelihood(llm.graph, heads, frozen, batch))
+    score = jax.jit(
+        lambda batch: inject_step.answer_log_likelihood(
+            llm.graph, inject_step.from_heads(heads, frozen, batch), frozen, batch
+        )
+    )
 
     def totals(lists):
         """Log-likelihood of each user's answers, all in the user's one row."""

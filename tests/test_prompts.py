@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tiny
 
-from allmrec_jax.data.prompts import DOMAINS, PLACEHOLDER, Prompt, PromptBuilder, pack
+from allmrec_jax.config import Injection
+from allmrec_jax.data.packing import Tiers, pack, room_for, row_length
+from allmrec_jax.data.prompts import DOMAINS, PLACEHOLDER, Prompt, PromptBuilder, template_of
 from allmrec_jax.errors import UserError
 from allmrec_jax.models.llm.tokenizer import Tokenizer, from_backend
 
@@ -176,6 +178,34 @@ def test_packed_shapes_come_in_few_sizes():
     assert len(shapes) <= 2
 
 
+def test_parts_of_like_lengths_hold_every_row_once_and_share_the_whole_batch():
+    random, tokens = np.random.default_rng(0), [[9] * 40]
+    prompts = [Prompt([7] * n, [0], [int(n)], None) for n in random.integers(20, 300, 64)]
+    answers = [[[5] * n] for n in random.integers(2, 12, 64)]
+    lengths = np.array(list(map(row_length, prompts, answers)))
+    tiers = Tiers(2, lengths, room_for(prompts, answers))
+    shapes, padding = set(), []
+    for start in range(0, 64, 4):
+        here = slice(start, start + 4)
+        parts = tiers.parts(prompts[here], answers[here], rows=range(start, start + 4))
+        assert sorted(row for part in parts for row in part["rows"].tolist()) == list(range(start, start + 4))
+        own = sum(
+            part["answer_weight"] @ np.ones(part["answer_weight"].shape[1]) @ part["token_share"] for part in parts
+        )
+        np.testing.assert_allclose(own, 1, rtol=1e-6)  # a mean over all target tokens of the batch
+        np.testing.assert_allclose(sum(part["row_share"].sum() for part in parts), 1, rtol=1e-6)
+        shapes |= {tuple(array.shape for array in part.values()) for part in parts}
+        padding += [(part["branch"] < 0).mean() for part in parts]
+    assert len(shapes) <= 4
+    whole = 1 - lengths.mean() / -(-lengths.max() // 32) / 32  # if all were as long as the longest
+    share = 1 - tiers.real / tiers.computed
+    assert abs(share - np.mean(padding)) < 0.05
+    assert share < 0.6 * whole
+    [odd] = tiers.parts([Prompt([7] * 900, [], [], None)], [tokens], rows=[0])  # longer than any before
+    assert odd["tokens"].shape == (2, 960)
+    assert odd["token_share"].tolist() == [np.float32(1 / 40), 0]
+
+
 # ------------------------------------------------------------------------------------------------ a real tokenizer
 
 
@@ -208,3 +238,41 @@ def test_opt_s_prompt_token_by_token(opt):
     answers = builder.answers([1, 2])
     assert _strings(opt, answers[0], [], None) == ['"', "Heat", "Ġ(", "1995", ')"', "</s>"]
     assert _strings(opt, answers[1], [], None) == ['"', "Up", '"', "</s>"]
+
+
+def test_the_public_code_s_prompt_id_by_id(opt):
+    """No space after the first sentence, none behind an O_i, and the four tokens that it appends never read."""
+    config = Injection(domain="movies").as_public_code()
+    builder = PromptBuilder(opt, ["No Title", "Heat (1995)", "Up", "Big"], template_of(config), context=2048)
+    [prompt] = builder.prompts([[1, 2]], [[3, 1]])
+    names = _strings(opt, prompt.tokens, prompt.slots, prompt.user_slot)
+    golden = (
+        '[O_u] </s> Ġis Ġa Ġuser Ġrepresentation . This Ġuser Ġhas Ġwatched Ġ" Heat Ġ( 1995 )" [O_i] ," Up " [O_i] '
+        "in Ġthe Ġprevious . ĠRecommend Ġone Ġnext Ġmovie Ġfor Ġthis Ġuser Ġto Ġwatch Ġnext Ġfrom Ġthe Ġfollowing "
+        'Ġmovie Ġtitle Ġset , Ġ" Big " [O_i] ," Heat Ġ( 1995 )" [O_i] . ĠThe Ġrecommendation Ġis Ġ'
+    )
+    assert names == golden.split(" ")
+    known = [token for i, token in enumerate(prompt.tokens) if i != prompt.user_slot and i not in prompt.slots]
+    vocabulary = opt.backend.get_vocab()
+    assert known == [vocabulary[name] for name in golden.split(" ") if not name.startswith("[O_")]
+    assert known[:6] == [2, 16, 10, 3018, 8985, 4]
+    assert max(known) < 50265  # below the appended [PAD], [UserRep], [HistoryEmb], [CandidateEmb]
+    empty = builder.prompts([[]], [[3]])[0]  # a user with a single training item
+    assert " ".join(_strings(opt, empty.tokens, empty.slots, 0)).startswith(
+        "[O_u] </s> Ġis Ġa Ġuser Ġrepresentation . This Ġuser Ġhas Ġwatched Ġ Ġin Ġthe"
+    )
+
+
+def test_templates_are_data(opt):
+    plain = Injection(domain="none", user_sentence=" who is a user representation.")
+    builder = PromptBuilder(opt, TITLES, template_of(plain), context=2048)
+    [prompt] = builder.prompts([[1]], [[4]])
+    assert " ".join(_strings(opt, prompt.tokens, prompt.slots, 0)) == (
+        '[O_u] </s> Ġwho Ġis Ġa Ġuser Ġrepresentation ." Up " [O_i] " Big " [O_i] . ĠThe Ġrecommendation Ġis Ġ'
+    )
+    own = Injection(domain="games", sentence="They {done} {history}; of {candidates} they {do} ")
+    [prompt] = PromptBuilder(opt, TITLES, template_of(own), context=2048).prompts([[1]], [[4]])
+    assert "They Ġplayed" in " ".join(_strings(opt, prompt.tokens, prompt.slots, 0))
+    for wrong in ("{history} alone", "{candidates} {history}", "{history} {candidates} {user}"):
+        with pytest.raises(UserError, match=r"llm\.sentence must hold"):
+            template_of(Injection(sentence=wrong))

@@ -1,32 +1,29 @@
-"""Prompts: text with injection slots, cut into token arrays (SPEC of the paper's stage 2, templates as data).
-
-One row holds one prompt and any number of *answers*, each a branch that continues the prompt (see
-`models.llm.attention.branch_mask`). Training has one answer, ranking has one for each candidate:
-
-    tokens   O_u  is a user ... "T1" O_i ,"T2" O_i ... set, "C1" O_i ... is _ | " T 1 " | " C 2 "
-    branch    0   0  0  0   0    0    0    0    0         0    0       0   0 | 1 1 1 1 | 2 2 2 2
-    slots     ^ user_slot        ^ slots   ^ slots             ^ slots
-
-The last prompt token predicts the first token of every answer; a branch's last token predicts the end token.
-"""
+"""Prompts: text with injection slots, tokenised piece by piece (paper, section 4.2; templates are data)."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Integer
 
+from allmrec_jax.config import Injection
 from allmrec_jax.errors import UserError
 
 Items = Sequence[int] | Integer[np.ndarray, "_"]
+PLACES = {"done", "noun", "do", "history", "candidates"}
 PLACEHOLDER = 0  # token id that stands in a slot; its embedding is replaced
 
 
 @dataclass(frozen=True)
 class Template:
-    """The sentence, with the words of one domain. `{history}` and `{candidates}` are lists of quoted titles."""
+    """The sentence, with the words of one domain. `{history}` and `{candidates}` are lists of quoted titles.
+
+    user: what follows O_u; not in the prompt of the LLM alone.
+    strip: take white space beside an O_i away, as the public code's tokenizer did.
+    """
 
     done: str = "bought"
     noun: str = "item"
@@ -36,13 +33,32 @@ class Template:
         "This user has {done} {history} in the previous. Recommend one next {noun} for this user to {do} next "
         "from the following {noun} title set, {candidates}. The recommendation is "
     )
+    strip: bool = False
 
 
 DOMAINS = {
     "movies": Template("watched", "movie", "watch"),
     "games": Template("played", "game", "play"),
     "shopping": Template("bought", "item", "buy"),
+    "none": Template(text="{history}{candidates}. The recommendation is "),  # the public code's, elsewhere
 }
+
+
+def template_of(config: Injection) -> Template:
+    """The prompt that a config asks for.
+
+    Raises:
+      UserError: if its sentence lacks a place for the history or the candidates, or has an unknown one.
+    """
+    text = DOMAINS[config.domain].text if config.sentence is None else config.sentence
+    fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    if fields.count("history") != 1 or fields.count("candidates") != 1 or set(fields) - PLACES:
+        raise UserError(
+            "llm.sentence must hold {history} and then {candidates} once each, and of others only {done}, {noun}, {do}"
+        )
+    if fields.index("history") > fields.index("candidates"):
+        raise UserError("llm.sentence must hold {history} before {candidates}")
+    return replace(DOMAINS[config.domain], user=config.user_sentence, text=text, strip=config.strip_around_special)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class PromptBuilder:
 
     Args:
       tokenizer: texts -> ids (`models.llm.tokenizer.Tokenizer`).
-      titles: title of each item id; index 0 is unused; None becomes `No Title`.
+      titles: title of each item id; None becomes `No Title`.
       inject: with False the prompt holds titles only (the LLM-only baseline): no O_u, no O_i.
     """
 
@@ -109,7 +125,8 @@ class PromptBuilder:
             for k, item in enumerate(items):
                 plan.append((f'{text}{"," if k else ""}"{self.titles[item]}"', int(item)))
                 text = ""
-            text += following
+            # The public code's tokenizer dropped white space behind an O_i; a title's quote mark stands before it.
+            text += following.lstrip() if t.strip and plan and not text else following
         return [*plan, (text, None)]
 
     def _fit(self, history: Items, candidates: Items, plan: list[tuple[str, int | None]]) -> Prompt:
@@ -140,67 +157,3 @@ class PromptBuilder:
                 items.append(item)
                 tokens.append(PLACEHOLDER)
         return Prompt(tokens, slots, items, 0 if self.inject else None)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def pack(
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[Sequence[int]]],
-    *,
-    rows: Items,
-    targets: Items | None = None,
-    batch: int | None = None,
-    tier: int = 32,
-) -> dict[str, np.ndarray]:
-    """Token arrays of a batch, one prompt with all its answers a row.
-
-    Shapes are rounded up (time to `tier`, answers to 64, slots to 8, rows to `batch`), so that few programs are
-    compiled.
-
-    Returns:
-      tokens, branch (batch, time); slots, slot_items (batch, slot), a slot of `time` is dropped; user_slot (batch,);
-      rows (batch,), the row of x_u; target (batch,), the number of the answer that is the target; answer_at,
-      answer_token, answer_of (batch, answer): position that predicts, token predicted, and number of the answer it
-      belongs to; answer_weight (batch, answer), 0 for padding.
-    """
-    size = batch or len(prompts)
-    length = [len(p.tokens) + sum(len(a) - 1 for a in many) for p, many in zip(prompts, answers, strict=True)]
-    count = [sum(len(a) for a in many) for many in answers]
-    time = _round_up(max(length), tier)
-    n_answers = _round_up(max(count), 64)
-    n_slots = _round_up(max(1, *(len(p.slots) for p in prompts)), 8)
-    out = {
-        "tokens": np.zeros((size, time), np.int32),
-        "branch": np.full((size, time), -1, np.int32),
-        "slots": np.full((size, n_slots), time, np.int32),
-        "slot_items": np.zeros((size, n_slots), np.int32),
-        "user_slot": np.full((size,), time, np.int32),
-        "rows": np.zeros((size,), np.int32),
-        "target": np.zeros((size,), np.int32),
-        "answer_at": np.zeros((size, n_answers), np.int32),
-        "answer_token": np.zeros((size, n_answers), np.int32),
-        "answer_of": np.zeros((size, n_answers), np.int32),
-        "answer_weight": np.zeros((size, n_answers), np.float32),
-    }
-    for b, (prompt, many) in enumerate(zip(prompts, answers, strict=True)):
-        n = len(prompt.tokens)
-        out["tokens"][b, :n], out["branch"][b, :n] = prompt.tokens, 0
-        out["slots"][b, : len(prompt.slots)] = prompt.slots
-        out["slot_items"][b, : len(prompt.slots)] = prompt.slot_items
-        out["rows"][b] = rows[b]
-        out["target"][b] = 0 if targets is None else targets[b]
-        if prompt.user_slot is not None:
-            out["user_slot"][b] = prompt.user_slot
-        at, filled = n, 0
-        for k, answer in enumerate(many):
-            inputs, here = len(answer) - 1, slice(filled, filled + len(answer))
-            out["tokens"][b, at : at + inputs], out["branch"][b, at : at + inputs] = answer[:-1], k + 1
-            out["answer_at"][b, here] = [n - 1, *range(at, at + inputs)]
-            out["answer_token"][b, here] = answer
-            out["answer_of"][b, here] = k
-            out["answer_weight"][b, here] = 1
-            at, filled = at + inputs, here.stop
-    return out

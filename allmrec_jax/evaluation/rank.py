@@ -6,17 +6,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from allmrec_jax.data.prompts import Items, PromptBuilder, pack
+from allmrec_jax.data.packing import pack
+from allmrec_jax.data.prompts import Items, PromptBuilder
 from allmrec_jax.errors import UserError
 from allmrec_jax.files import write_atomically
+from allmrec_jax.models import projection
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import progress, say
-from allmrec_jax.training.inject import freeze, make_scorer
+from allmrec_jax.training.inject import freeze
+from allmrec_jax.training.inject_step import make_scorer
+from allmrec_jax.training.mesh import Mapping, map_over_data
+
+
+def item_vectors(
+    F_I: Any, e: Float[np.ndarray, "items joint"], devices: Sequence[Any], how: Mapping = "shard_map"
+) -> Float[np.ndarray, "items h"]:
+    """O_i = F_I(e_i) of the whole catalogue, cut over the devices."""
+    rows = -(-len(e) // len(devices)) * len(devices)
+    mapped = map_over_data(projection.F_I, devices, batched=(False, True), how=how, batched_outputs=True)
+    return np.asarray(mapped(F_I, np.pad(e, ((0, rows - len(e)), (0, 0)))))[: len(e)]
 
 
 def make_ranker(
@@ -29,22 +44,28 @@ def make_ranker(
     candidates: int,
     normalise: bool = True,
     batch: int = 4,
+    logit_rows: int | None = None,
+    how: Mapping = "shard_map",
 ) -> Callable[[Sequence[Items], np.ndarray, np.ndarray], np.ndarray]:
     """`(histories, candidates (users, c), x_u (users, d)) -> scores (users, c)` for at most `batch` users.
 
     `heads=None` ranks by the LLM alone (then `builder` must not inject).
     """
-    frozen, shardings = freeze(llm, np.zeros((batch, 1), np.float32), e, mesh)
-    scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise)
+    frozen, shardings = freeze(llm, mesh)
+    scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise, logit_rows=logit_rows)
+    O_i = None if heads is None else jnp.asarray(item_vectors(heads["F_I"], e, list(mesh.devices.flat), how))
+    F_U = jax.jit(projection.F_U)
 
     def rank(histories: Sequence[Items], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
         n = len(lists)
         prompts = builder.prompts(histories, lists)
         answers = [builder.answers(row.tolist()) for row in lists]
         packed = pack(prompts, answers, rows=range(n), batch=batch)
-        table = np.zeros((batch, x_u.shape[1]), np.float32)
-        table[:n] = x_u
-        return np.asarray(scorer(heads, frozen | {"x_u": table}, packed))[:n]
+        if heads is None:
+            return np.asarray(scorer(None, frozen, packed))[:n]
+        some = np.zeros((batch, x_u.shape[1]), np.float32)
+        some[:n] = x_u
+        return np.asarray(scorer({"O_u": F_U(heads["F_U"], some), "O_i": O_i}, frozen, packed))[:n]
 
     return rank
 

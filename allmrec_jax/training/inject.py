@@ -1,8 +1,4 @@
-"""Stage 2: F_U and F_I learn to inject user and item embeddings into the prompt of the frozen LLM.
-
-`jit` with `NamedSharding` over a mesh (data, model): the batch is cut over `data`, the LLM's weights over `model`, the
-heads are replicated; XLA places the collectives. Only the heads are differentiated.
-"""
+"""Stage 2: F_U and F_I learn to inject user and item embeddings into the prompt of the frozen LLM."""
 
 from __future__ import annotations
 
@@ -15,134 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from rich.console import Console
 
 from allmrec_jax.config import Injection
-from allmrec_jax.data import batches
+from allmrec_jax.data import batches, packing
 from allmrec_jax.data.candidates import draw_candidates
 from allmrec_jax.data.dataset import Dataset
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, pack
+from allmrec_jax.data.prompts import Prompt, PromptBuilder, template_of
 from allmrec_jax.errors import UserError
-from allmrec_jax.models import params, projection
+from allmrec_jax.models import collaborative, params, projection
 from allmrec_jax.models.llm.load import FrozenLLM
+from allmrec_jax.progress import say
 from allmrec_jax.training import loop
 from allmrec_jax.training.cf import CFModel
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
-from allmrec_jax.training.state import State, create, update
+from allmrec_jax.training.inject_step import heads_in_use, make_step, settle
+from allmrec_jax.training.state import State, create
 
 SEED_STREAM = 2
-Batch = dict[str, jax.Array]
-
-
-def inject(
-    embeddings: Float[Array, "batch time h"],
-    O_u: Float[Array, "batch h"],
-    O_i: Float[Array, "batch slot h"],
-    batch: Batch,
-) -> Float[Array, "batch time h"]:
-    """`embeddings` with O_u at `user_slot` and O_i at `slots`; slots at or beyond `time` are dropped.
-
-    tokens   [ .  is  a  ... "T1"  .  ,"T2"  .  ...]
-    result   [O_u is  a  ... "T1" O_1 ,"T2" O_2 ...]
-    """
-    put = jax.vmap(lambda x, at, values: x.at[at].set(values.astype(x.dtype), mode="drop"))
-    return put(put(embeddings, batch["slots"], O_i), batch["user_slot"][:, None], O_u[:, None])
-
-
-def answer_log_likelihood(
-    graph: Any, heads: Any, frozen: Any, batch: Batch, *, remat: bool = False
-) -> Float[Array, "batch answer"]:
-    """log P of every answer token, 0 where there is none. `heads=None` leaves the prompt as it is (LLM-only).
-
-    Logits are computed at the answers' positions only.
-    """
-    llm = nnx.merge(graph, frozen["llm"])
-    x = llm.embed(batch["tokens"])
-    if heads is not None:
-        O_u = projection.F_U(heads["F_U"], jnp.take(frozen["x_u"], batch["rows"], axis=0))
-        O_i = projection.F_I(heads["F_I"], jnp.take(frozen["e"], batch["slot_items"], axis=0))
-        x = inject(x, O_u, O_i, batch)
-    hidden = llm(x, batch["branch"], remat=jax.checkpoint_policies.nothing_saveable if remat else None)
-    at = jnp.take_along_axis(hidden, batch["answer_at"][:, :, None], axis=1)
-    logits = llm.logits(at)
-    chosen = jnp.take_along_axis(logits, batch["answer_token"][:, :, None], axis=-1)[..., 0]
-    return (chosen - jax.nn.logsumexp(logits, axis=-1)) * batch["answer_weight"]
-
-
-def answer_scores(
-    tokens: Float[Array, "batch answer"], batch: Batch, answers: int, *, normalise: bool = True
-) -> Float[Array, "batch answers"]:
-    """Mean (or sum) of the log-likelihoods of each answer's tokens, 0 for an answer that is not there."""
-    one_hot = jax.nn.one_hot(batch["answer_of"], answers) * batch["answer_weight"][..., None]
-    totals = jnp.einsum("ba,bac->bc", tokens, one_hot)
-    return totals / jnp.maximum(one_hot.sum(1), 1) if normalise else totals
-
-
-def heads_in_use(heads: dict[str, Any], frozen: Any, config: Injection) -> dict[str, Any]:
-    """The heads that the prompt sees: the trained ones, settled among the token embeddings if they are held there."""
-    if config.init != "held":
-        return heads
-    return settle(heads, frozen["x_u"], frozen["e"][1:], frozen["tokens"])
-
-
-def losses(
-    heads: Any, graph: Any, frozen: Any, batch: Batch, config: Injection
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted loss and its terms.
-
-    L_title   cross-entropy of the target's tokens, mean over all target tokens of the batch together (paper)
-    L_choice  cross-entropy of the target in a softmax over `sharpness` times the candidates' mean log-likelihoods;
-              only where `choice_weight` is not 0 (then the batch holds all candidates as answers)
-    """
-    heads = heads_in_use(heads, frozen, config)
-    tokens = answer_log_likelihood(graph, heads, frozen, batch, remat=config.remat)
-    own = batch["answer_weight"] * (batch["answer_of"] == batch["target"][:, None])
-    terms = {"title": -jnp.sum(tokens * own) / jnp.maximum(jnp.sum(own), 1)}
-    total = config.title_weight * terms["title"]
-    if config.choice_weight:
-        scores = jax.nn.log_softmax(config.sharpness * answer_scores(tokens, batch, config.candidates), axis=-1)
-        real = jnp.max(batch["answer_weight"], axis=1)
-        chosen = jnp.take_along_axis(scores, batch["target"][:, None], axis=1)[:, 0]
-        terms["choice"] = -jnp.sum(chosen * real) / jnp.maximum(jnp.sum(real), 1)
-        total = total + config.choice_weight * terms["choice"]
-    return total, terms | {"loss": total}
-
-
-def make_step(
-    graph: Any,
-    frozen_shardings: Any,
-    mesh: Mesh,
-    optimiser: optax.GradientTransformation,
-    config: Injection = Injection(),  # noqa: B008, frozen
-) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
-    """The jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
-    whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        (_, terms), gradients = jax.value_and_grad(losses, has_aux=True)(state.params, graph, frozen, batch, config)
-        return update(state, gradients, optimiser), terms
-
-    return jax.jit(step, in_shardings=(whole, frozen_shardings, cut), out_shardings=(whole, whole), donate_argnums=(0,))
-
-
-def make_scorer(
-    graph: Any, frozen_shardings: Any, mesh: Mesh, *, answers: int, normalise: bool
-) -> Callable[[Any, Any, Batch], Float[Array, "batch answers"]]:
-    """The jitted `(heads, frozen, batch) -> scores`: log-likelihood of each whole answer, all in one forward pass.
-
-    `normalise` divides by the number of the answer's tokens (`score="mean"`).
-    """
-    whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-
-    def scores(heads: Any, frozen: Any, batch: Batch) -> jax.Array:
-        tokens = answer_log_likelihood(graph, heads, frozen, batch)
-        return answer_scores(tokens, batch, answers, normalise=normalise)
-
-    return jax.jit(scores, in_shardings=(whole, frozen_shardings, cut), out_shardings=cut)
+SAMPLES = 16  # steps whose prompts decide which lengths are compiled
+LABEL = "stage 2: injection"
 
 
 def schedule(config: Injection, steps: int) -> optax.Schedule:
@@ -178,30 +69,89 @@ def init_heads(
     return settle(heads, x_u, e, projection.token_statistics(tokens))
 
 
-def settle(heads: dict[str, Any], x_u: jax.Array, e: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, Any]:
-    """Both heads settled among the token embeddings (`projection.settle`), on at most 2,048 users and items."""
-
-    def some(table: jax.Array) -> jax.Array:
-        return table[:: -(-len(table) // 2048)]
-
-    return {
-        "F_U": projection.settle(projection.F_U, heads["F_U"], some(x_u), statistics),
-        "F_I": projection.settle(projection.F_I, heads["F_I"], some(e), statistics),
-    }
-
-
-def freeze(llm: FrozenLLM, x_u: np.ndarray, e: np.ndarray, mesh: Mesh) -> tuple[Any, Any]:
-    """(frozen, its shardings): the LLM's weights by their logical axes, x_u and e replicated."""
+def freeze(llm: FrozenLLM, mesh: Mesh, **tables: np.ndarray) -> tuple[Any, Any]:
+    """(frozen, its shardings): the LLM's weights by their logical axes; `tables` (x_u, e) replicated."""
     whole = NamedSharding(mesh, P())
-    statistics = projection.token_statistics(llm.weights["weights"]["embed"])
-    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(e), "tokens": statistics}
-    shardings = {
-        "llm": {"weights": params.shardings(llm.describe(), mesh)},
-        "x_u": whole,
-        "e": whole,
-        "tokens": {"mean": whole, "spread": whole},
-    }
+    frozen = {"llm": llm.weights} | {name: jnp.asarray(table) for name, table in tables.items()}
+    shardings = {"llm": {"weights": params.shardings(llm.describe(), mesh)}} | dict.fromkeys(tables, whole)
+    if tables:
+        frozen["tokens"] = projection.token_statistics(llm.weights["weights"]["embed"])
+        shardings["tokens"] = {"mean": whole, "spread": whole}
     return jax.device_put(frozen, shardings), shardings
+
+
+class Examples:
+    """The batches of stage 2: who is asked about what, among which candidates, as a function of the step."""
+
+    def __init__(
+        self,
+        config: Injection,
+        dataset: Dataset,
+        builder: PromptBuilder,
+        order_key: jax.Array,
+        candidate_key: jax.Array,
+    ):
+        self.config, self.builder = config, builder
+        self.users, self.ends, self.targets = dataset.examples(config.targets, single=config.single_items)
+        self.per_epoch = batches.steps_per_epoch(len(self.users), config.batch)
+        self.histories = dataset.windows(self.ends, config.history, self.users)
+        self.seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
+        self.order_key, self.candidate_key = order_key, candidate_key
+        self._order = lru_cache(1)(
+            lambda epoch: np.asarray(batches.epoch_order(self.order_key, epoch, len(self.users)))
+        )
+
+    def rows(self, i: int) -> np.ndarray:
+        """The examples of step i."""
+        order = self._order(i // self.per_epoch)
+        chosen, real = batches.rows_of_step(self.order_key, i, self.config.batch, len(self.users), order)
+        return np.asarray(chosen)[np.asarray(real)]
+
+    def prompts(self, i: int, rows: np.ndarray) -> tuple[list[Prompt], list[list[list[int]]], np.ndarray | None]:
+        """(prompts, answers, number of each target among the answers) of step i."""
+        users, targets = self.users[rows], self.targets[rows]
+        candidates, column = draw_candidates(
+            self.candidate_key, i, np.arange(len(rows)), users, targets, self.seen, self.config.candidates
+        )
+        prompts = self.builder.prompts([row[row != 0] for row in self.histories[rows]], candidates)
+        if self.config.choice_weight:
+            return prompts, [self.builder.answers(row.tolist()) for row in candidates], column
+        return prompts, [[answer] for answer in self.builder.answers(targets.tolist())], None
+
+    def tiers(self, rows: int, steps: int) -> packing.Tiers:
+        """Lengths for parts of so many rows, from steps spread over the first epoch."""
+        some = np.unique(np.linspace(0, min(steps, self.per_epoch) - 1, SAMPLES).astype(int))
+        seen = [self.prompts(int(i), self.rows(int(i)))[:2] for i in some]
+        prompts, answers = ([part for batch in side for part in batch] for side in zip(*seen, strict=True))
+        lengths = np.array(list(map(packing.row_length, prompts, answers)))
+        return packing.Tiers(rows, lengths, packing.room_for(prompts, answers))
+
+
+def dropped_x_u(cf: CFModel, dataset: Dataset, examples: Examples, key: jax.Array) -> Callable[[int, np.ndarray], Any]:
+    """`(step, examples) -> x_u` with the CF model's dropout, as the public code has it in this stage, too."""
+    windows = dataset.windows(examples.ends, cf.config.maxlen, examples.users)
+    weights, module = jax.tree.map(np.asarray, cf.params), collaborative.module_of(cf.config)
+
+    @jax.jit
+    def x_u(weights: Any, windows: jax.Array, users: jax.Array, step: jax.Array, rows: jax.Array) -> jax.Array:
+        keys = batches.dropout_keys(key, step, rows)
+        return module.features(weights, cf.config, windows, keys, users=users)[:, -1]
+
+    return lambda step, rows: np.asarray(x_u(weights, windows[rows], examples.users[rows], step, rows))
+
+
+def rows_of_a_pass(config: Injection, data: int) -> int:
+    """Users of one pass through the LLM, a multiple of the data-parallel devices.
+
+    Raises:
+      UserError: if the batch, or `llm.micro`, cannot be cut over them.
+    """
+    for name, rows in (("llm.batch", config.batch), ("llm.micro", config.micro)):
+        if rows is not None and rows % data:
+            raise UserError(f"{name} {rows} is not a multiple of the {data} data-parallel devices")
+    if config.micro is not None:
+        return config.micro
+    return data if jax.default_backend() == "cpu" else config.batch
 
 
 def train_llm(
@@ -221,43 +171,32 @@ def train_llm(
     The candidates in the prompt are the target and distinct items outside the user's training items, drawn anew
     each epoch. Returns the heads and the curves.
     """
-    if config.batch % mesh.shape["data"]:
-        raise UserError(f"llm.batch {config.batch} is not a multiple of the {mesh.shape['data']} data-parallel devices")
+    console = console or Console()
+    rows = rows_of_a_pass(config, mesh.shape["data"])
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, order_key, candidate_key = jax.random.split(key, 3)
-    users = np.flatnonzero(dataset.has_target("train"))
-    targets, ends = dataset.targets("train")[users], dataset.history_end("train")[users]
-    x_u = cf.x_u(dataset.windows(ends, cf.config.maxlen, users), users)
-    histories = dataset.windows(ends, config.history, users)
-    seen = batches.seen_items(*dataset.distinct("train"), dataset.n_items)
-    builder = PromptBuilder(
-        llm.tokenizer, dataset.titles(), DOMAINS[config.domain], context=llm.config.max_position_embeddings
-    )
-    per_epoch = batches.steps_per_epoch(len(users), config.batch)
-    steps = max(1, round(per_epoch * config.epochs))
-    optimiser = make_optimiser(config, steps)
-    table = llm.weights["weights"]["embed"]
+    context = llm.config.max_position_embeddings
+    builder = PromptBuilder(llm.tokenizer, dataset.titles(), template_of(config), context=context)
+    examples = Examples(config, dataset, builder, order_key, candidate_key)
+    steps = max(1, round(examples.per_epoch * config.epochs))
+    x_u = cf.x_u(dataset.windows(examples.ends, cf.config.maxlen, examples.users), examples.users)
+    optimiser, table = make_optimiser(config, steps), llm.weights["weights"]["embed"]
     heads = init_heads(init_key, jnp.asarray(x_u), jnp.asarray(e[1:]), table, config.init)
     state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
-    frozen, shardings = freeze(llm, x_u, e, mesh)
+    frozen, shardings = freeze(llm, mesh, x_u=x_u, e=e)
     step = make_step(llm.graph, shardings, mesh, optimiser, config)
-    order_of = lru_cache(1)(lambda epoch: np.asarray(batches.epoch_order(order_key, epoch, len(users))))
+    tiers = lru_cache(1)(lambda: examples.tiers(rows, steps))
+    drops = config.cf_dropout and getattr(cf.config, "dropout", 0) > 0
+    dropped = dropped_x_u(cf, dataset, examples, jax.random.fold_in(key, 3)) if drops else None
 
     def one_step(state: State, i: int) -> tuple[State, dict[str, jax.Array]]:
-        chosen, real = map(
-            np.asarray, batches.rows_of_step(order_key, i, config.batch, len(users), order_of(i // per_epoch))
-        )
-        chosen = chosen[real]
-        candidates, column = draw_candidates(
-            candidate_key, i, np.arange(len(chosen)), users[chosen], targets[chosen], seen, config.candidates
-        )
-        prompts = builder.prompts([row[row != 0] for row in histories[chosen]], candidates)
-        if config.choice_weight:
-            answers = [builder.answers(row.tolist()) for row in candidates]
-        else:
-            answers, column = [[answer] for answer in builder.answers(targets[chosen].tolist())], None
-        packed = pack(prompts, answers, rows=chosen, targets=column, batch=config.batch)
-        return step(state, frozen, packed)
+        chosen = examples.rows(i)
+        prompts, answers, column = examples.prompts(i, chosen)
+        if dropped is None:
+            return step(state, frozen, tiers().parts(prompts, answers, rows=chosen, targets=column))
+        parts = tiers().parts(prompts, answers, rows=range(len(chosen)), targets=column)
+        fresh = dropped(i, chosen)
+        return step(state, frozen, [part | {"x_u": fresh[part["rows"]]} for part in parts])
 
     checkpoints = Checkpoints(folder)
     try:
@@ -266,7 +205,7 @@ def train_llm(
             state,
             steps=steps,
             checkpoints=checkpoints,
-            label="stage 2: injection",
+            label=LABEL,
             items_per_step=config.batch,
             item_name="users",
             log_every=5,
@@ -276,4 +215,7 @@ def train_llm(
         )
     finally:
         checkpoints.close()
+    if tiers.cache_info().currsize and tiers().computed:
+        used = tiers()
+        say(console, f"{LABEL}: {1 - used.real / used.computed:.1%} of the LLM's tokens were padding")
     return heads_in_use(state.params, frozen, config), curves
