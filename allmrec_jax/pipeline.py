@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from allmrec_jax import files
 from allmrec_jax.config import Experiment, as_dict
 from allmrec_jax.data import sources
 from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
@@ -40,14 +41,6 @@ from allmrec_jax.training.inject import train_llm
 def _weights_folder(name: str, console: Console) -> Path:
     """A folder (or .gguf file) that is there, else a named source, else a repository of the hub."""
     return Path(name) if Path(name).exists() else sources.fetch(name, console=console)
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Size of each model file, so that other weights of the same name are not taken for these."""
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.gguf"))
-    if not files:  # older encoders
-        files = sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("pytorch_model*.bin"))
-    return {file.name: file.stat().st_size for file in files}
 
 
 # Fields that change how, but not what, a stage computes.
@@ -104,10 +97,18 @@ class Pipeline:
         identity["cf"] |= self._cf_content
         # A name may stand for other weights elsewhere: the hub's files, or a quantised copy from a package.
         if "align" in keep[stage]:
-            identity["align"]["encoder_files"] = _files(self.encoder_folder)
+            identity["align"] |= {"encoder_files": self._encoder_files, "dtype": mesh.precision(x["align"]["dtype"])}
         if "llm" in keep[stage]:
-            identity["llm"] |= {"llm_files": _files(self.llm_folder), "dtype": self.llm_dtype}
+            identity["llm"] |= {"llm_files": self._llm_files, "dtype": self.llm_dtype}
         return identity
+
+    @functools.cached_property
+    def _encoder_files(self) -> dict[str, str]:
+        return files.model_files(self.encoder_folder)
+
+    @functools.cached_property
+    def _llm_files(self) -> dict[str, str]:
+        return files.model_files(self.llm_folder)
 
     @functools.cached_property
     def _cf_content(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxtyping import TypeCheckError
 from safetensors.numpy import save_file
 
 from allmrec_jax.errors import UserError
+from allmrec_jax.files import digest, model_files
 from allmrec_jax.models import bert, params
 from allmrec_jax.models.bert import EncoderConfig, TextEncoder
 from allmrec_jax.models.text_encoder import build, check_fits, load_encoder, tokenize
@@ -173,14 +174,25 @@ def test_the_bin_and_the_safetensors_of_one_model_are_equal(tmp_path, architectu
         np.testing.assert_array_equal(encode(encoder, TEXTS), encode(again, TEXTS))
 
 
-def test_a_work_directory_knows_the_bin_that_it_was_made_with(tmp_path):
-    from allmrec_jax import pipeline
-
+def test_a_work_directory_knows_the_model_that_it_was_made_with(tmp_path):
     write(tmp_path, inner="0_Transformer/")
-    (tmp_path / "0_Transformer" / "pytorch_model.bin").write_bytes(b"12345")
-    assert list(pipeline._files(tmp_path / "0_Transformer")) == ["model.safetensors"]
-    (tmp_path / "0_Transformer" / "model.safetensors").unlink()
-    assert pipeline._files(tmp_path) == {"pytorch_model.bin": 5}
+    weights = tmp_path / "0_Transformer" / "model.safetensors"
+    before = model_files(tmp_path)
+    assert {"0_Transformer/model.safetensors", "0_Transformer/config.json", "modules.json"} <= set(before)
+    assert model_files(weights) == {weights.name: before["0_Transformer/model.safetensors"]}
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1  # one bit of one weight, in a file of the same size
+    weights.write_bytes(content)
+    after = model_files(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"0_Transformer/model.safetensors"}
+    large = tmp_path / "large.bin"
+    with open(large, "wb") as file:
+        file.truncate(40 << 20)
+    hole = digest(large)
+    with open(large, "r+b") as file:
+        file.seek(40 << 19)
+        file.write(b"x" * (1 << 20))
+    assert digest(large) != hole
 
 
 @pytest.mark.parametrize("architecture", bert.ARCHITECTURES)
