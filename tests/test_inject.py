@@ -1,6 +1,7 @@
 """Stage 2: what is injected and nothing else, loss on the answer only, frozen weights frozen, sharded as whole."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 import tiny
 from flax import nnx
+from rich.console import Console
 
 from allmrec_jax.config import Injection
 from allmrec_jax.data import packing
@@ -286,6 +288,47 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path):
             seed=0,
             mesh=make_mesh(2, 1),
         )
+
+
+def test_every_position_of_a_history_can_be_an_example(tmp_path):
+    data = tiny.of_sequences(tmp_path / "data", [[1], [2, 3], [1, 2, 3, 4, 5, 6], [4, 4, 5]], 6)
+
+    def histories(*arguments, **options) -> list[tuple[int, list[int], int]]:
+        users, ends, targets = data.examples(*arguments, **options)
+        rows = data.windows(ends, 4, users)
+        return [(int(u), row[row > 0].tolist(), int(t)) for u, row, t in zip(users, rows, targets, strict=True)]
+
+    # Training items: [1], [2, 3], [1, 2, 3, 4] and [4].
+    assert histories() == [(2, [2], 3), (3, [1, 2, 3], 4)]
+    assert histories("all") == [(2, [2], 3), (3, [1], 2), (3, [1, 2], 3), (3, [1, 2, 3], 4)]
+    assert histories(single=True) == [(1, [], 0), (2, [2], 3), (3, [1, 2, 3], 4), (4, [], 0)]
+    assert histories("all", single=True) == [(1, [], 0), *histories("all"), (4, [], 0)]
+
+
+def test_the_public_code_s_recipe_trains_with_x_u_made_anew(tmp_path):
+    """Users with one training item, dropout in the CF model, another x_u of the same user at each step."""
+    data = tiny.dataset(tmp_path / "data")
+    config = dataclasses.replace(tiny.STAGE_2.as_public_code(), epochs=1.0, targets="all", micro=1)
+    cf, llm = tiny.cf_model(), tiny.frozen_llm()
+    assert (data.n_train == 1).any()
+    said = io.StringIO()
+    _, curves = inject.train_llm(
+        config, data, cf, E, llm, tmp_path, seed=0, mesh=make_mesh(1, 1), console=Console(file=said, width=200)
+    )
+    assert np.isfinite([value for _, value in curves["loss"]]).all()
+    assert "of the LLM's tokens were padding" in said.getvalue()
+    assert curves["loss"][-1][0] == -(-len(data.examples("all", single=True)[0]) // 2)
+    titles, none = data.titles(), jax.random.key(0)
+    builder = PromptBuilder(llm.tokenizer, titles, DOMAINS["movies"], context=512)
+    examples = inject.Examples(config, data, builder, none, none)
+    x_u = inject.dropped_x_u(cf, data, examples, none)
+    rows = np.array([3, 4])
+    assert not np.allclose(x_u(0, rows), x_u(1, rows))
+    np.testing.assert_allclose(x_u(0, rows)[1:], x_u(0, rows[1:]), rtol=1e-5, atol=1e-6)
+    single = np.flatnonzero(examples.targets == 0)[:1]
+    prompts, answers, _ = examples.prompts(0, single)
+    assert llm.tokenizer.decode(answers[0][0][:-1]) == '"No Title"'
+    assert len(prompts[0].slots) == config.candidates
 
 
 # -------------------------------------------------------------------------------------------------- learning rate

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import make_ranker, score_users
+from allmrec_jax.evaluation.rank import item_vectors, make_ranker, score_users
+from allmrec_jax.models import projection
 from allmrec_jax.training.inject import init_heads
 from allmrec_jax.training.mesh import make_mesh
 
@@ -148,3 +149,11 @@ def test_the_llm_alone_does_not_see_the_user_embedding(rankers, injected):
 def test_ranking_over_a_mesh_equals_one_device(rankers, injected):
     sharded = rankers(True, 2, 2)
     np.testing.assert_allclose(sharded(HISTORIES[:4], CANDIDATES[:4], X_U[:4]), injected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_the_items_vectors_are_the_same_on_one_device_and_on_eight(how):
+    e = tiny.joint_embeddings()
+    heads = init_heads(jax.random.key(0), jnp.asarray(X_U), jnp.asarray(e[1:]), jnp.ones((4, 16)))
+    whole = np.asarray(projection.F_I(heads["F_I"], jnp.asarray(e)))
+    np.testing.assert_allclose(item_vectors(heads["F_I"], e, jax.devices()[:8], how), whole, rtol=1e-5, atol=1e-6)
