@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from allmrec_jax.cli import main
@@ -86,3 +87,29 @@ def test_bench_align_trains_both_sides_on_the_same_losses(tmp_path, monkeypatch)
     assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
     beside = rows[0]["beside"]
     assert beside["loss of the first step"] == pytest.approx(beside["its loss of the first step"], rel=1e-4)
+
+
+def test_bench_llm_takes_both_sides_through_the_same_steps(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    import tiny
+
+    from allmrec_jax.comparison import bench_llm
+
+    for name, value in {"SMOLLM2": tiny.LLAMA, "ITEMS": 30, "TITLE": 6, "SPREAD": 2, "STEPS": 2}.items():
+        monkeypatch.setattr(bench_llm, name, value)
+    monkeypatch.setattr(bench_llm, "_alone", lambda kind: 1.0)  # a process of its own would not be tiny
+    assert main(["bench", "llm", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    [row] = json.loads((tmp_path / "b.json").read_text())  # the losses were compared on the way
+    assert row["name"] == "llm.train"
+    assert row["ours"] > 0
+    assert row["baseline"] > 0
+
+
+def test_peak_memory_begins_again():
+    from allmrec_jax.comparison.bench import peak_memory, reset_peak_memory
+
+    block = np.ones(1 << 25)
+    high = peak_memory()
+    del block
+    reset_peak_memory()
+    assert 0 < peak_memory() <= high

@@ -23,27 +23,13 @@ from allmrec_jax.models import projection  # noqa: E402
 from allmrec_jax.models.llm import llama  # noqa: E402
 from allmrec_jax.models.llm.load import build  # noqa: E402
 from allmrec_jax.torch_baseline.inject import Injector  # noqa: E402
+from allmrec_jax.torch_baseline.llm import in_transformers  # noqa: E402
 from allmrec_jax.training import inject, inject_step  # noqa: E402
 from allmrec_jax.training.mesh import make_mesh  # noqa: E402
 from allmrec_jax.training.state import create  # noqa: E402
 
 D, JOINT, USERS, CANDIDATES = 8, 6, 4, 5
 RATE = 1e-4
-
-
-def _transformers_llama(c: llama.LlamaConfig, tree) -> torch.nn.Module:
-    """transformers' Llama with our weights."""
-    names = {field.name: getattr(c, field.name) for field in dataclasses.fields(c) if field.name != "rope_theta"}
-    config = transformers.LlamaConfig(
-        **names,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        attn_implementation="eager",
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    more = {"lm_head.weight": np.asarray(tree["embed"])} if c.tie_word_embeddings else {}
-    return load(transformers.LlamaForCausalLM(config), llama.describe(c), tree, **more).eval()
 
 
 def _random(c: llama.LlamaConfig, seed: int = 0):
@@ -65,7 +51,7 @@ def test_a_random_llama_is_equal_in_logits_and_gradients(c):
     """Rows of different lengths; gradients of the injected embeddings, as stage 2 needs them, and of the weights."""
     tree = _random(c)
     description, model = llama.describe(c), build(c, tree, None)
-    theirs = _transformers_llama(c, tree)
+    theirs = in_transformers(c, tree, "eager")
     random = np.random.default_rng(0)
     mask = np.arange(11)[None] < np.array([11, 4, 7])[:, None]
     embeddings = random.normal(size=(3, 11, c.hidden_size)).astype(np.float32)
@@ -98,7 +84,7 @@ def test_a_random_llama_is_equal_in_logits_and_gradients(c):
 
 def test_token_embeddings_are_looked_up_alike():
     c, tree = tiny.LLAMA, _random(tiny.LLAMA)
-    model, theirs = build(c, tree, None), _transformers_llama(tiny.LLAMA, tree)
+    model, theirs = build(c, tree, None), in_transformers(tiny.LLAMA, tree, "eager")
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (2, 9))
     module = nnx.merge(model.graph, model.weights)
     logits = jax.jit(lambda t: module.logits(module(module.embed(t), jnp.zeros_like(t))))(tokens)
@@ -119,7 +105,7 @@ def stage_2():
         "F_U": randomised(jax.random.key(1), projection.describe(D, llm.width)),
         "F_I": randomised(jax.random.key(2), projection.describe(JOINT, llm.width)),
     }
-    baseline = Injector(_transformers_llama(tiny.LLAMA, tree), D, JOINT)
+    baseline = Injector(in_transformers(tiny.LLAMA, tree, "eager"), D, JOINT)
     load(baseline.log_proj, projection.describe(D, llm.width), heads["F_U"])
     load(baseline.item_proj, projection.describe(JOINT, llm.width), heads["F_I"])
     titles = [

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from allmrec_jax.comparison.bench import Row, interleave, row
+from allmrec_jax.comparison.bench import Row, interleave, peak_memory, row
 
 SEED = 0
 MAXLEN = 50
@@ -147,17 +147,7 @@ def _child(kind: str, folder: Path, out: Path) -> None:
     start = time.perf_counter()
     {"ours": _ours, "loop": straight_loop}[kind](folder, out)
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, _peak_memory()]))
-
-
-def _peak_memory() -> int:
-    """Of this process, in bytes. On Linux not from `getrusage`: a child's figure there begins at its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps([seconds, peak_memory()]))
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
