@@ -67,12 +67,15 @@ def _place(
     inputs = tuple(axis - dropped for axis in parameter.inputs)
     one = Parameter(parameter.shape[dropped:], parameter.axes[dropped:], parameter.init, inputs=inputs)
     write = _writer(store, one.shape, one.axes, one.inputs, placed, parameter.stacked)
-    buffers = _zeros(kept, placed) if parameter.stacked else None
+    shapes = params.shapes(kept)
+    buffers = _zeros(shapes, placed) if parameter.stacked else None
     for layer, name in enumerate(parameter.names):
         ours = params.laid_out(tensors[name], name, parameter, source)
         value = _to_devices(ours, mesh, spec)
         # Waiting keeps the host from running ahead of the devices with layers that they have not taken yet.
         buffers = jax.block_until_ready(write(buffers, value, layer) if parameter.stacked else write(value))
+    if parameter.stacked:
+        return jax.tree.map(lambda x, shape: x if x.dtype == shape.dtype else _narrow(x, shape.dtype), buffers, shapes)
     return buffers
 
 
@@ -92,12 +95,19 @@ def _to_devices(view: np.ndarray, mesh: Mesh | None, spec: tuple | None) -> jax.
     return jax.make_array_from_callback(view.shape, NamedSharding(mesh, P(*spec)), read)
 
 
-def _zeros(kept: Tree, placed: tuple | None) -> Tree:
-    shapes, structure = jax.tree.flatten(params.shapes(kept))
-    places = placed or (None,) * len(shapes)
+def _zeros(shapes: Tree, placed: tuple | None) -> Tree:
+    """Where layers are written; int4 as int8, because writing to a part of packed numbers may unpack all of them."""
+    leaves, structure = jax.tree.flatten(shapes)
+    places = placed or (None,) * len(leaves)
+    wide = [jnp.dtype(jnp.int8) if s.dtype == jnp.int4 else s.dtype for s in leaves]
     return structure.unflatten(
-        [jnp.zeros(s.shape, s.dtype, device=place) for s, place in zip(shapes, places, strict=True)]
+        [jnp.zeros(s.shape, d, device=place) for s, d, place in zip(leaves, wide, places, strict=True)]
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -117,7 +127,9 @@ def _writer(
         return pinned(store(value, parameter))
 
     def one_layer(buffers: Tree, value: jax.Array, layer: jax.Array) -> Tree:
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+        def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(buffer, part.astype(buffer.dtype), layer, axis=0)
+
         return pinned(jax.tree.map(put, buffers, store(value, parameter)))
 
     return jax.jit(one_layer, donate_argnums=0) if stacked else jax.jit(whole)

@@ -150,15 +150,20 @@ def weight_files(folder: Path) -> list[Path]:
       UserError: for a damaged index, or a part that is missing.
     """
     if files := sorted(folder.glob("*.safetensors")):
+        _named(folder / "model.safetensors.index.json")
         return files
     if (folder / BIN).is_file():
         return [folder / BIN]
-    index = folder / f"{BIN}.index.json"
+    return _named(folder / f"{BIN}.index.json")
+
+
+def _named(index: Path) -> list[Path]:
+    """The parts that an index names, all of them there; none if there is no index."""
     if not index.is_file():
         return []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
+        files = [index.parent / Path(name).name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error}); fetch it again") from error
     for file in files:
