@@ -15,6 +15,7 @@ from allmrec_jax.models import params  # noqa: E402
 from allmrec_jax.models.llm.architectures import MODULES, read_config  # noqa: E402
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm  # noqa: E402
 from allmrec_jax.models.llm.quantize import FLOAT32  # noqa: E402
+from allmrec_jax.models.llm.sizes import PUBLISHED  # noqa: E402
 
 VOCAB = 288
 OPT = {"vocab_size": VOCAB, "hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,40 +121,6 @@ def test_tokens_give_the_same_logits_and_injected_embeddings_the_same_gradients(
 
 
 # ---------------------------------------------------------------------------------------------------------- full sizes
-
-_OPT = {"vocab_size": 50272, "max_position_embeddings": 2048, "architectures": ["OPTForCausalLM"]}
-_LLAMA = {"architectures": ["LlamaForCausalLM"]}
-
-
-def _opt(hidden: int, layers: int, heads: int, **more) -> dict:
-    sizes = {"hidden_size": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return _OPT | sizes | {"word_embed_proj_dim": hidden} | more
-
-
-def _llama(vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, kind: str = "Llama", **more):
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = dict(zip((*names, "num_key_value_heads"), (vocab, hidden, ffn, layers, heads, kv_heads), strict=True))
-    return {"architectures": [f"{kind}ForCausalLM"], **sizes, **more}
-
-
-# What the models' own pages and config.json say.
-PUBLISHED = {
-    "opt-125m": (_opt(768, 12, 12), 125_239_296),
-    "opt-350m": (_opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False), 331_196_416),
-    "opt-1.3b": (_opt(2048, 24, 32), 1_315_758_080),
-    "opt-6.7b": (_opt(4096, 32, 32), 6_658_473_984),
-    "opt-66b": (_opt(9216, 64, 72), 65_719_701_504),
-    "llama-2-7b": (_llama(32000, 4096, 11008, 32, 32, 32), 6_738_415_616),
-    "llama-3-8b": (_llama(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0), 8_030_261_248),
-    "tinyllama-1.1b": (_llama(32000, 2048, 5632, 22, 32, 4), 1_100_048_384),
-    "smollm2-135m": (_llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True), 134_515_008),
-    "smollm2-1.7b": (_llama(49152, 2048, 8192, 24, 32, 32, tie_word_embeddings=True), 1_711_376_384),
-    "mistral-7b": (_llama(32000, 4096, 14336, 32, 32, 8, "Mistral", sliding_window=4096), 7_241_732_096),
-    "qwen2.5-0.5b": (_llama(151936, 896, 4864, 24, 14, 2, "Qwen2", tie_word_embeddings=True), 494_032_768),
-    "qwen2.5-7b": (_llama(152064, 3584, 18944, 28, 28, 4, "Qwen2"), 7_615_616_512),
-    "qwen3-0.6b": (_llama(151936, 1024, 3072, 28, 16, 8, "Qwen3", head_dim=128, tie_word_embeddings=True), 596_049_920),
-    "qwen3-8b": (_llama(151936, 4096, 12288, 36, 32, 8, "Qwen3", head_dim=128), 8_190_735_360),
-}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
