@@ -48,6 +48,10 @@ def test_every_kind_of_tensor_is_read_to_the_bit(tmp_path, legacy):
             "empty": torch.zeros(0, 4),
             "parameter": torch.nn.Parameter(torch.randn(3)),
             "expanded": torch.arange(7).expand((1, -1)),
+            "empty, wide": torch.zeros(10**6, 0, 10**6),
+            "empty part": whole[3:3],
+            "a column": torch.arange(7.0)[:, None][:1],
+            "any stride": torch.arange(7.0).as_strided((1, 2, 1), (10**9, 3, 5), 2),
         }
     )
     found = PickledTensors([save(table, tmp_path / "x.bin", legacy)])
@@ -198,6 +202,8 @@ def hostile(canary: str) -> dict[str, tuple[bytes, str]]:
         "persistent name": (b"Pos.system\n.", "PERSID"),
         "persistent object": (pickle.PROTO + b"\x02" + text("os.system") + b"Q.", "kept outside"),
         "a tuple as a key": (pickle.PROTO + b"\x02}))\x86K\x01s.", "a tuple as the key"),
+        "a set": (pickle.dumps({1, 2}, 4), "EMPTY_SET"),
+        "a frozen set": (pickle.dumps(frozenset({1, 2}), 4), "FROZENSET"),
         "a buffer": (pickle.PROTO + b"\x05\x97.", "NEXT_BUFFER"),
         "escapes of a terminal": (b"c\x1b[2Jos\nsystem\n.", r"\\x1b"),
     }
@@ -234,14 +240,15 @@ def test_special_attributes_of_a_namespace_are_refused(tmp_path):
     assert made == types.SimpleNamespace(a=1)
 
 
-def tensor(offset: int, shape: tuple, strides: tuple, count: int = 4) -> bytes:
-    """The pickle of one tensor over the storage `0` of `count` floats."""
+def tensor(offset: int, shape: tuple, strides: tuple, count: int = 4, *, name: bytes = b"U\x01a") -> bytes:
+    """The pickle of a table of one tensor over the storage `0` of `count` floats."""
 
     kind = b"ctorch\nFloatStorage\n"
     identity = b"(" + b"".join([b"S'storage'\n", kind, b"S'0'\n", b"S'cpu'\n", b"L%dL\n" % count]) + b"tQ"
     rest = b"".join(pickle.dumps(x, 2)[2:-1] for x in (offset, shape, strides, False))
     ordered = b"ccollections\nOrderedDict\n)R"
-    return pickle.PROTO + b"\x02ctorch._utils\n_rebuild_tensor_v2\n(" + identity + rest + ordered + b"tR."
+    made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + rest + ordered + b"tR"
+    return pickle.PROTO + b"\x02}" + name + made + b"s."
 
 
 @pytest.mark.parametrize(
@@ -257,23 +264,112 @@ def tensor(offset: int, shape: tuple, strides: tuple, count: int = 4) -> bytes:
         (0, (2.0,), (1,), 4),
         (2**62, (1,), (1,), 4),
         (0, (10**9,), (1,), 10**9),
+        (0, (1,) * 100, (0,) * 100, 4),
+        (0, (2,), (2**63,), 4),
+        (0, (1,), (2**63,), 4),
+        (0, (0,), (2**63,), 4),
+        (2**63, (0,), (1,), 4),
+        (0, (0, 2**62, 2**62), (1, 1, 1), 4),
+        (0, (0, 2**70), (1, 1), 4),
+        (0, (0, 2**55, 2), (1, 1, 1), 4),
+        (0, (2**2000,), (0,), 4),
+        (0, (4,), (1,), 2**2000),
     ],
 )
 def test_a_tensor_beyond_its_storage_is_damage(tmp_path, offset, shape, strides, count):
     path = archive(tmp_path / "x", tensor(offset, shape, strides, count), _0=bytes(16))
     with pytest.raises(UserError, match="damaged"):
-        np.asarray(pickled.load(path))
+        PickledTensors([path])["a"]
     path = stream(tmp_path / "y", tensor(offset, shape, strides, count), ("0", 4, bytes(16)))
     with pytest.raises(UserError, match="damaged"):
-        np.asarray(pickled.load(path))
+        PickledTensors([path])["a"]
 
 
 def test_these_hand_made_tensors_are_read_where_they_fit(tmp_path):
     numbers = np.arange(4, dtype="<f4").tobytes()
     path = archive(tmp_path / "x", tensor(1, (3,), (1,)), _0=numbers)
-    np.testing.assert_array_equal(pickled.load(path), [1, 2, 3])
+    np.testing.assert_array_equal(PickledTensors([path])["a"], [1, 2, 3])
     path = stream(tmp_path / "y", tensor(0, (2, 2), (1, 2)), ("0", 4, numbers))
-    np.testing.assert_array_equal(pickled.load(path), [[0, 2], [1, 3]])
+    np.testing.assert_array_equal(PickledTensors([path])["a"], [[0, 2], [1, 3]])
+
+
+# ----------------------------------------------------------------------------------- small files that ask for much
+
+
+HUGE = pickle.LONG4 + struct.pack("<i", 2500) + b"\x7f" * 2500  # a number of 20000 bits
+PAIRS = b"]q\x00(" + b"".join(b"](K%cNe" % k for k in range(100, 200)) + b"e"  # one list of 100 pairs, kept as 0
+STATE = b"}q\x00(" + b"".join(b"U\x02%02dN" % k for k in range(100)) + b"u"
+ORDERED, SPACE = b"ccollections\nOrderedDict\n", b"cargparse\nNamespace\n)\x81"
+AGAIN = {
+    "a number": (b"](" + HUGE + b"q\x00" + b"h\x00" * 3000 + b"e.", "a number of 19999 bits"),
+    "a shape": (tensor(0, (2**20000,) * 40, (0,) * 40), "a number of 20001 bits"),
+    "a name that is a number": (tensor(0, (4,), (1,), name=HUGE), "a number of 19999 bits"),
+    "keys that share a hash": (b"}" + pickle.dumps(2**61 - 1, 2)[2:-1] + b"Ns.", "a key too long for a table"),
+    "a long key": (b"}X" + struct.pack("<I", 5000) + b"x" * 5000 + b"Ns.", "a key too long for a table"),
+    "a list of pairs": (b"](" + PAIRS + (ORDERED + b"h\x00\x85R") * 20 + b"e.", "entries used over and over"),
+    "a state": (b"](" + STATE + (SPACE + b"h\x00b") * 20 + b"e.", "entries used over and over"),
+    "arguments": (b"](" + b"(" + b"N" * 100 + b"tq\x00" + (ORDERED + b"h\x00R") * 20 + b"e.", "entries|arguments"),
+}
+
+
+@pytest.mark.parametrize("case", list(AGAIN))
+def test_a_small_file_cannot_ask_for_much(tmp_path, case):
+    """Each would take time or memory that grow with the square of its size, or faster."""
+    content, message = AGAIN[case]
+    for wrap in (stream, archive):
+        path = wrap(tmp_path / wrap.__name__, pickle.PROTO + b"\x02" + content.removeprefix(pickle.PROTO + b"\x02"))
+        with pytest.raises(UserError, match=f"damaged .*{message}"):
+            pickled.load(path, allowed=pickled.TORCH | pickled.NAMESPACE)
+
+
+def test_the_keys_of_the_older_format_are_not_hashed_before_they_are_known(tmp_path):
+    """((((), ()), ((), ())), ...): 2^60 steps to hash, 60 instructions to write."""
+    path = stream(tmp_path / "x", tensor(0, (4,), (1,)), ("0", 4, bytes(16)))
+    deep = b")" + b"".join(b"q%ch%c\x86" % (k, k) for k in range(60))
+    content = path.read_bytes().replace(pickle.dumps(["0"], 2), pickle.PROTO + b"\x02](" + deep + b"e.")
+    with pytest.raises(UserError, match=r"damaged .*numbers of an unknown storage"):
+        pickled.load(plain(path, content))
+
+
+def test_ordered_dicts_as_python_2_wrote_them(tmp_path):
+    """With a list of pairs to call them with, each list used once."""
+    content = pickle.PROTO + b"\x02](" + (ORDERED + PAIRS + b"\x85R") * 3 + b"e."
+    assert pickled.load(plain(tmp_path / "x", content)) == [dict.fromkeys(range(100, 200))] * 3
+
+
+def test_a_tensor_s_name_that_is_a_number(tmp_path):
+    path = archive(tmp_path / "x", tensor(0, (4,), (1,), name=b"K\x05"), _0=bytes(16))
+    with pytest.raises(UserError, match="the name of a tensor is no text, but of type int"):
+        PickledTensors([path])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"shape": [0, 2**70]}, "'a' has an impossible shape"),
+        ({"shape": [1] * 100}, "'a' has an impossible shape"),
+        ({"shape": [0, 2**62, 2**62]}, "'a' has an impossible shape"),
+        ({"shape": [-2, -2]}, "'a' has an impossible shape"),
+        ({"shape": [2.0, 2]}, "'a' has an impossible shape"),
+        ({"shape": [10**4000] * 300}, "'a' has an impossible shape"),
+        ({"shape": [5]}, "'a' has another size than its shape"),
+        ({"data_offsets": [16, 32]}, "'a' is cut"),
+        ({"data_offsets": [10**30, 10**30 + 16]}, "'a' is cut"),
+        ({"data_offsets": [0.0, 16.0]}, "damaged"),
+        ({"data_offsets": [0]}, "damaged"),
+        ({"dtype": ["F32"]}, "damaged"),
+        ({"dtype": "F8_E4M3"}, "'a' is stored as F8_E4M3, which is not supported"),
+    ],
+)
+def test_a_damaged_header_of_safetensors(tmp_path, entry, message):
+    def write(entry):
+        header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | entry}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+        return tensors(tmp_path)
+
+    assert write({})["a"].tolist() == [0] * 4
+    with pytest.raises(UserError, match=message):
+        write(entry)
 
 
 # --------------------------------------------------------------------------------------------------------------- damage
@@ -289,23 +385,48 @@ def test_a_file_cut_anywhere_is_damage(tmp_path, legacy):
             PickledTensors([cut])["a"]
 
 
+# Older pickles have their text as Python wrote it down, with escapes.
+escapes = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+
+
+@escapes
 @both_formats
 def test_a_pickle_with_random_damage_is_read_or_refused_in_one_line(tmp_path, legacy):
-    content = tensor(1, (3,), (1,))
+    content = tensor(1, (3,), (1,)) if legacy else tensor(0, (2, 1, 2), (2, 1, 1))
     numbers = np.arange(4, dtype="<f4").tobytes()
     random = np.random.default_rng(0)
-    refused = []
+    refused, read = [], 0
     for _ in range(400):
         damaged = bytearray(content)
-        for at in random.integers(0, len(content), random.integers(1, 4)):
+        for at in random.integers(0, len(content), random.integers(1, 3)):
             damaged[at] = random.choice([random.integers(256), ord(random.choice([*"().0Rbtsua}])QcK"]))])
         path = tmp_path / "x"
         (stream(path, damaged, ("0", 4, numbers)) if legacy else archive(path, bytes(damaged), _0=numbers))
         try:
-            pickled.load(path)
+            read += sum(array.size for array in PickledTensors([path]).values()) > 0
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 100
+    assert read > 5
+    assert not any("\n" in message for message in refused)
+
+
+@escapes
+@both_formats
+def test_a_file_with_random_damage_is_read_or_refused_in_one_line(tmp_path, legacy):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    table = collections.OrderedDict(a=torch.arange(6.0).reshape(2, 3), b=torch.zeros(0, 2), c=torch.ones(3).half())
+    content = save(table, tmp_path / "x.bin", legacy).read_bytes()
+    random, refused = np.random.default_rng(1), []
+    for _ in range(300):
+        damaged = bytearray(content)
+        for at in random.integers(0, len(content), random.integers(1, 6)):
+            damaged[at] = random.integers(256)
+        try:
+            dict(PickledTensors([plain(tmp_path / "x", bytes(damaged))]))
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
     assert not any("\n" in message for message in refused)
 
 

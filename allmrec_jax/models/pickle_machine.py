@@ -1,8 +1,12 @@
 """Runs a pickle as the program that it is, on a machine that can do nothing but make plain data.
 
-Python's own unpickler may call any function of any module. This one knows numbers, strings, lists, tuples, sets and
-dicts, and looks globals up in an allow-list of names, each with a function of ours that stands in for it. Nothing is
+Python's own unpickler may call any function of any module. This one knows numbers, strings, lists, tuples and dicts,
+and looks globals up in an allow-list of names, each with a function of ours that stands in for it. Nothing is
 imported, no name is resolved, and nothing that the file brings along is called.
+
+A pickle may also use one thing again and again, and so ask for far more than its size. What could cost more than an
+instruction is therefore bounded: numbers by their bits, keys by their length, and what goes into calls and states by
+the instructions that were needed to write it down.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 Maker = Callable[..., Any]
 
 SCALARS = (str, bytes, int, float, bool, type(None))
+MOST_BITS = 128  # of a number; torch's own magic number has 77
 
 
 class Refused(Exception):
@@ -33,7 +38,10 @@ class Global:
 
 
 def table(pairs: Any = ()) -> dict[Any, Any]:
-    """A dict of pairs, with plain keys only: to hash a tuple of tuples of tuples may take for ever."""
+    """A dict of pairs, with plain keys only.
+
+    As an OrderedDict it is called without arguments in what Python 3 writes, and with a list of pairs in Python 2's.
+    """
     made: dict[Any, Any] = {}
     for key, value in pairs:
         made[_key(key)] = value
@@ -41,8 +49,11 @@ def table(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _key(key: Any) -> Any:
+    """A key that is fast to hash and to compare, unlike a tuple of tuples of tuples, and that has a hash of its own."""
     if type(key) not in SCALARS:
         raise Refused(f"a {type(key).__name__} as the key of a table")
+    if (type(key) is int and key.bit_length() > 60) or (type(key) in (str, bytes) and len(key) > 4096):
+        raise Damaged("a key too long for a table")
     return key
 
 
@@ -55,7 +66,63 @@ _LITERAL = frozenset(
         *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     )
 )
-_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": set, "MARK": lambda: _MARK}
+_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "MARK": lambda: _MARK}
+
+
+class _Machine:
+    """What the instructions act on."""
+
+    def __init__(self, allowed: Mapping[str, Maker | None]):
+        self.allowed = allowed
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.done = self.spent = 0  # instructions; entries that went into calls and states
+
+    def spend(self, entries: int) -> None:
+        """In what a pickler writes, each entry has an instruction of its own."""
+        self.spent += entries
+        if self.spent > self.done:
+            raise Damaged("the same entries used over and over")
+
+    def since_mark(self) -> list[Any]:
+        items: list[Any] = []
+        while (item := self.stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def look_up(self, name: str) -> None:
+        if name not in self.allowed:
+            raise Refused(f"the global {name if name.isprintable() else ascii(name)}")
+        self.stack.append(Global(name, self.allowed[name]))
+
+    def make(self, what: Any, arguments: Any) -> None:
+        if not isinstance(what, Global) or what.maker is None or type(arguments) is not tuple:
+            raise Refused(f"a call of {what.name if isinstance(what, Global) else type(what).__name__}")
+        self.spend(len(arguments))
+        self.spend(sum(len(argument) for argument in arguments if type(argument) in (list, tuple, dict)))
+        self.stack.append(what.maker(*arguments))
+
+    def put_pairs(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise Refused(f"items put into a {type(target).__name__}")
+        target.update(table(zip(items[::2], items[1::2], strict=True)))
+
+    def append(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise Refused(f"items appended to a {type(self.stack[-1]).__name__}")
+        self.stack[-1].extend(items)
+
+    def set_state(self, state: Any) -> None:
+        """The attributes of a namespace; an ordered dict's own (`_metadata`) are of no use here."""
+        target = self.stack[-1]
+        if type(state) is not dict or type(target) not in (dict, types.SimpleNamespace):
+            raise Refused(f"the state of a {type(target).__name__} set")
+        if type(target) is types.SimpleNamespace:
+            self.spend(len(state))
+            if not all(type(name) is str and not name.startswith("__") for name in state):
+                raise Refused("special attributes set")
+            vars(target).update(state)
 
 
 def run(file: Any, allowed: Mapping[str, Maker | None], persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -70,47 +137,13 @@ def run(file: Any, allowed: Mapping[str, Maker | None], persistent: Callable[[An
       Refused: for a global or an instruction that is not allowed.
       Damaged, ValueError, LookupError, TypeError: for what is not a pickle.
     """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        items: list[Any] = []
-        while (item := stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    def look_up(name: str) -> Global:
-        if name not in allowed:
-            raise Refused(f"the global {name if name.isprintable() else ascii(name)}")
-        return Global(name, allowed[name])
-
-    def make(what: Any, arguments: Any) -> Any:
-        if not isinstance(what, Global) or what.maker is None or type(arguments) is not tuple:
-            raise Refused(f"a call of {what.name if isinstance(what, Global) else type(what).__name__}")
-        return what.maker(*arguments)
-
-    def put_pairs(items: list[Any]) -> None:
-        if type(stack[-1]) is not dict or len(items) % 2:
-            raise Refused(f"items put into a {type(stack[-1]).__name__}")
-        stack[-1].update(table(zip(items[::2], items[1::2], strict=True)))
-
-    def append(items: list[Any]) -> None:
-        if type(stack[-1]) is not list:
-            raise Refused(f"items appended to a {type(stack[-1]).__name__}")
-        stack[-1].extend(items)
-
-    def set_state(target: Any, state: Any) -> None:
-        """The attributes of a namespace; an ordered dict's own (`_metadata`) are of no use here."""
-        if type(state) is not dict or type(target) not in (dict, types.SimpleNamespace):
-            raise Refused(f"the state of a {type(target).__name__} set")
-        if type(target) is types.SimpleNamespace:
-            if not all(type(name) is str and not name.startswith("__") for name in state):
-                raise Refused("special attributes set")
-            vars(target).update(state)
-
-    for opcode, argument, _ in pickletools.genops(file):
+    machine = _Machine(allowed)
+    stack, memo = machine.stack, machine.memo
+    for machine.done, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         op = opcode.name
         if op in _LITERAL:
+            if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
+                raise Damaged(f"a number of {argument.bit_length()} bits")
             stack.append(argument)
         elif op in _CONSTANT:
             stack.append(_CONSTANT[op])
@@ -129,48 +162,36 @@ def run(file: Any, allowed: Mapping[str, Maker | None], persistent: Callable[[An
             if len(stack) < size:
                 raise Damaged("nothing to make a tuple of")
             stack[-size:] = [tuple(stack[-size:])]
-        elif op in ("TUPLE", "LIST", "DICT", "FROZENSET"):
-            items = since_mark()
-            if op == "DICT":
-                stack.append({})
-                put_pairs(items)
-            else:
-                kind = {"TUPLE": tuple, "LIST": list, "FROZENSET": lambda i: frozenset(map(_key, i))}[op]
-                stack.append(kind(items))
+        elif op == "TUPLE":
+            stack.append(tuple(machine.since_mark()))
+        elif op == "LIST":
+            stack.append(machine.since_mark())
+        elif op == "DICT":
+            items = machine.since_mark()
+            stack.append({})
+            machine.put_pairs(items)
         elif op == "APPEND":
             item = stack.pop()
-            append([item])
+            machine.append([item])
         elif op == "APPENDS":
-            append(since_mark())
+            machine.append(machine.since_mark())
         elif op == "SETITEM":
-            items = [stack.pop(), stack.pop()][::-1]
-            put_pairs(items)
+            value, key = stack.pop(), stack.pop()
+            machine.put_pairs([key, value])
         elif op == "SETITEMS":
-            put_pairs(since_mark())
-        elif op == "ADDITEMS":
-            items = since_mark()
-            if type(stack[-1]) is not set:
-                raise Refused(f"items added to a {type(stack[-1]).__name__}")
-            stack[-1].update(map(_key, items))
-        elif op == "POP":
-            stack.pop()
-        elif op == "POP_MARK":
-            since_mark()
-        elif op == "DUP":
-            stack.append(stack[-1])
+            machine.put_pairs(machine.since_mark())
         elif op == "GLOBAL":
-            stack.append(look_up(argument.replace(" ", ".")))
+            machine.look_up(argument.replace(" ", "."))
         elif op == "STACK_GLOBAL":
             name, module = stack.pop(), stack.pop()
             if type(name) is not str or type(module) is not str:
                 raise Refused("a global without name")
-            stack.append(look_up(f"{module}.{name}"))
+            machine.look_up(f"{module}.{name}")
         elif op in ("REDUCE", "NEWOBJ"):
             arguments, what = stack.pop(), stack.pop()
-            stack.append(make(what, arguments))
+            machine.make(what, arguments)
         elif op == "BUILD":
-            state = stack.pop()
-            set_state(stack[-1], state)
+            machine.set_state(stack.pop())
         elif op == "BINPERSID":
             if persistent is None:
                 raise Refused("something kept outside of it")
@@ -180,6 +201,6 @@ def run(file: Any, allowed: Mapping[str, Maker | None], persistent: Callable[[An
             if stack or result is _MARK:
                 raise Damaged("a pickle with something left over")
             return result
-        else:  # INST, OBJ, EXT1, NEWOBJ_EX, PERSID, NEXT_BUFFER, ...
+        else:  # INST, OBJ, EXT1, NEWOBJ_EX, PERSID, NEXT_BUFFER, ...; sets; POP and DUP, for what contains itself
             raise Refused(f"the instruction {op}")
     raise Damaged("a pickle without end")

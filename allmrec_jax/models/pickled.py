@@ -16,7 +16,7 @@ import struct
 import types
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,21 @@ class Storage:
         return self.source.bytes_of(self.key, self.count * self.dtype.itemsize)
 
 
+def sizes(shape: Sequence[Any]) -> bool:
+    """Whether they can be the sizes of an array's axes, and can be multiplied in no time."""
+    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**56 for n in shape):
+        return False
+    return math.prod(n for n in shape if n) < 2**56  # numpy asks the like even of an array without elements
+
+
 class Tensor:
     """A view of a storage. `numpy.asarray(tensor)` reads it; nothing is copied if the machine's memory order allows."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
-        whole = [offset, *shape, *strides]
-        if not all(type(n) is int and n >= 0 for n in whole) or len(shape) != len(strides):
+        if not sizes(shape) or len(shape) != len(strides) or not all(sizes((n,)) for n in (offset, *strides)):
             raise Damaged("a tensor of impossible shape")
+        # Nothing steps along an axis of size 1; what PyTorch wrote there is of no meaning.
+        strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         # The second: what is expanded (stride 0) beyond its storage could ask for any amount of memory.
         if 0 not in shape and (last >= storage.count or math.prod(shape) > storage.count):
@@ -86,7 +94,7 @@ class Source:
 
     def bytes_of(self, key: str, size: int) -> np.ndarray:
         offset, found, crc = self.places.get(key, (0, -1, None))
-        if found != size or offset + size > len(self.data):
+        if found != size or not 0 <= offset <= len(self.data) - size:
             raise UserError(f"{self.path} is damaged (the storage {key!r} is cut or missing); fetch it again")
         data = self.data[offset : offset + size]
         if crc is not None and key not in self._checked:
@@ -99,7 +107,9 @@ class Source:
 STORAGES: Mapping[str, None] = dict.fromkeys(DTYPES)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, *more: Any) -> Tensor:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> Tensor:
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(strides) is not tuple:
         raise Damaged("a tensor without storage")
     return Tensor(storage, offset, shape, strides)
@@ -123,8 +133,8 @@ NAMESPACE: Mapping[str, Maker] = {"argparse.Namespace": lambda: types.SimpleName
 
 
 BROKEN = (
-    *(Damaged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RecursionError),
-    *(MemoryError, NotImplementedError, struct.error, zipfile.BadZipFile),
+    *(Damaged, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RuntimeError),
+    *(MemoryError, OSError, struct.error, zipfile.BadZipFile),
 )
 
 
@@ -155,7 +165,9 @@ def load(path: Path, *, allowed: Mapping[str, Maker] = TORCH) -> Any:
             "was run. If you trust its origin, save it again as .safetensors"
         ) from error
     except BROKEN as error:
-        raise UserError(f"{path} is not a file of PyTorch weights, or is damaged ({error}); fetch it again") from error
+        raise UserError(
+            f"{path} is not a file of PyTorch weights, or is damaged ({str(error)[:200]}); fetch it again"
+        ) from error
 
 
 def _storages(source: Source, storages: dict[str, Storage]) -> Callable[[Any], Storage]:
@@ -169,6 +181,8 @@ def _storages(source: Source, storages: dict[str, Storage]) -> Callable[[Any], S
             raise Refused("an unknown kind of storage")
         if type(key) is not str or type(count) is not int or count < 0:
             raise Damaged("a storage without key or size")
+        if count * np.dtype(DTYPES[kind.name]).itemsize > len(source.data):
+            raise Damaged(f"the storage {key!r} is larger than the file")
         found = storages.setdefault(key, Storage(source, key, DTYPES[kind.name], count))
         if (found.dtype, found.count) != (np.dtype(DTYPES[kind.name]), count):
             raise Damaged(f"the storage {key!r} of two kinds or sizes")
@@ -213,8 +227,8 @@ def _stream(mapped: mmap.mmap, source: Source, allowed: dict[str, Maker | None])
     keys = run(mapped, {})
     at = mapped.tell()
     for key in keys:
-        if key not in storages:
-            raise Damaged(f"numbers of the unknown storage {key!r}")
+        if type(key) is not str or key not in storages:  # the hash of tuples of tuples may take for ever
+            raise Damaged("numbers of an unknown storage")
         (count,) = struct.unpack(">q" if source.big_endian else "<q", mapped[at : at + 8])
         if count < storages[key].count:
             raise Damaged(f"the storage {key!r} is cut")

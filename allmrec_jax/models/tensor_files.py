@@ -82,12 +82,14 @@ def _safe_views(file: Path) -> dict[str, np.ndarray]:
                 known = ", ".join(SAFE_DTYPES)
                 raise UserError(f"{file}: {name!r} is stored as {entry['dtype']}, which is not supported ({known} are)")
             dtype, (begin, end) = np.dtype(SAFE_DTYPES[entry["dtype"]]), entry["data_offsets"]
+            if not pickled.sizes(entry["shape"]):
+                raise ValueError(f"{name!r} has an impossible shape")
             if end - begin != math.prod(entry["shape"]) * dtype.itemsize or begin < 0:
                 raise ValueError(f"{name!r} has another size than its shape")
             if start + end > len(data):
                 raise ValueError(f"{name!r} is cut: the file ends at {len(data)} of at least {start + end} bytes")
             views[name] = np.ndarray(tuple(entry["shape"]), dtype, data, start + begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it and fetch it again") from error
     return views
 
@@ -107,7 +109,9 @@ class PickledTensors(_Files):
             if not isinstance(table, dict):
                 raise UserError(f"{file} holds a {type(table).__name__} in place of a table of tensors")
             for name, tensor in table.items():
-                if not isinstance(tensor, pickled.Tensor) or not isinstance(name, str):
+                if not isinstance(name, str):
+                    raise UserError(f"{file}: the name of a tensor is no text, but of type {type(name).__name__}")
+                if not isinstance(tensor, pickled.Tensor):
                     raise UserError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor; is it a checkpoint?")
                 if name in self._where:
                     raise UserError(f"{file}: the tensor {name!r} is in another file too; keep those of one model only")
