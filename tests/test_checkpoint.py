@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from allmrec_jax.errors import UserError
 from allmrec_jax.training.checkpoint import Checkpoints, claim_folder, write_json
+from allmrec_jax.training.state import create
 
 
 def state(value: float) -> dict:
@@ -160,6 +162,41 @@ def test_if_all_are_damaged_one_line_says_what_to_do(tmp_path):
         restored(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": jnp.zeros((64, 32))}, r"params/w is \(64, 64\) there and \(64, 32\) in this run"),
+        ({"b": jnp.zeros(())}, r"params/b is \(3,\) there and \(\) in this run"),
+        ({"more": jnp.zeros(2)}, r"params/more is missing there and \(2,\) in this run"),
+        ({"b": None}, r"params/b is \(3,\) there and missing in this run"),
+        ({"w": {"deep": jnp.zeros((64, 64))}}, r"params/w/deep is missing there and \(64, 64\) in this run"),
+    ],
+)
+def test_one_of_another_model_is_refused_by_the_first_parameter_that_differs(tmp_path, change, message):
+    filled(tmp_path)
+    checkpoints, warnings = Checkpoints(tmp_path), []
+    like = state(0)
+    with pytest.raises(UserError, match=f"2 holds another model: {message}; choose another --workdir") as error:
+        checkpoints.restore(like | {"params": like["params"] | change}, warn=warnings.append)
+    checkpoints.close()
+    assert "\n" not in str(error.value)
+    assert warnings == []
+    assert restored(tmp_path)[0][0] == 2  # nothing was lost
+
+
+def test_the_trained_parameters_are_named_before_the_optimiser_s(tmp_path):
+    """What each stage saves: a named tuple, with the optimiser's own in it."""
+    optimiser = optax.adamw(optax.linear_schedule(1e-3, 0, 10))
+    whole = {"encoder": {"scale": jnp.ones(8)}, "G": [jnp.ones((8, 4)), jnp.ones(4)], "frozen": None}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, create(whole, optimiser), {})
+    assert checkpoints.restore(create(whole, optimiser))[0] == 3
+    wide = whole | {"encoder": {"scale": jnp.ones(16)}}
+    with pytest.raises(UserError, match=r"params/encoder/scale is \(8,\) there and \(16,\) in this run"):
+        checkpoints.restore(create(wide, optimiser))
+    checkpoints.close()
 
 
 def test_the_newest_two_are_kept_and_the_best(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from allmrec_jax.config import Experiment, as_dict
@@ -99,6 +100,31 @@ def damage(folder: Path) -> str | None:
         if found[name] != entry:
             return f"{name} was cut short or altered"
     return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """`a/b/c` -> shape, for the arrays of a tree, in its order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(np.shape(leaf)) for path, leaf in leaves}
+
+
+def check_fits(folder: Path, like: Any) -> None:
+    """That the arrays of one checkpoint have the names and the shapes of those of `like`; only its metadata are read.
+
+    Orbax itself reports a difference with pages of internals, as if it were damage.
+
+    Raises:
+      UserError: naming the first array that differs.
+      Exception: any, of Orbax's, if the metadata are damaged.
+    """
+    saved = _shapes(ocp.StandardCheckpointHandler().metadata(folder / "state").tree)
+    wanted = _shapes(like)
+    for name in [*wanted, *sorted(saved.keys() - wanted.keys())]:
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"{folder} holds another model: {name} is {saved.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} in this run; choose another --workdir, or the same model"
+            )
 
 
 class Checkpoints:
@@ -188,7 +214,7 @@ class Checkpoints:
         `like` gives structure, shapes, dtypes and shardings. A damaged checkpoint is reported and an earlier one used.
 
         Raises:
-          UserError: if checkpoints are there but none can be read.
+          UserError: if checkpoints are there but none can be read, or if they are of another model.
         """
         self._finish()
         steps = self._steps(best)
@@ -198,12 +224,15 @@ class Checkpoints:
             reason = self._damaged.get(step) or damage(self.folder / str(step))
             if reason is None:
                 try:
+                    check_fits(self.folder / str(step), like)
                     restored = self._manager.restore(
                         step,
                         args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
                     )
                     found = step, restored["state"], restored["meta"]
                     break
+                except UserError:
+                    raise
                 except Exception as error:
                     reason = str(error).strip().partition("\n")[0][:160] or type(error).__name__
             self._damaged[step] = reason
