@@ -245,6 +245,8 @@ class Devices:
 
     model: int = 1
     """Devices that share one copy of the LLM; the others are data parallel."""
+    shard_weights: bool = False
+    """Cut the LLM's weights over the data-parallel devices, too; each layer is gathered where it is used."""
     items: int = 1
     """Devices that share one copy of the item table E in stage 0, each with its rows."""
     map: Literal["shard_map", "pmap"] = "shard_map"

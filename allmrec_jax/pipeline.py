@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation.rank import make_ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
+from allmrec_jax.models.params import AXIS_RULES, FULLY_SHARDED
 from allmrec_jax.models.text_encoder import LoadedEncoder, load_encoder
 from allmrec_jax.training import brought, mesh
 from allmrec_jax.training.align import Aligned, train_align
@@ -171,13 +171,13 @@ class Pipeline:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         x = self.experiment
-        free = max(1, len(jax.devices()) // x.devices.model)
-        # As many data-parallel devices as cut both batches evenly.
-        return mesh.make_mesh(math.gcd(free, x.llm.batch, x.evaluation.batch), x.devices.model)
+        data = mesh.data_parallel(len(jax.devices()), x.devices.model, x.llm.batch, x.evaluation.batch)
+        return mesh.make_mesh(data, x.devices.model)
 
     @functools.cached_property
     def llm(self) -> FrozenLLM:
-        return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh)
+        rules = FULLY_SHARDED if self.experiment.devices.shard_weights else AXIS_RULES
+        return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh, rules=rules)
 
     @functools.cached_property
     def _heads(self) -> tuple[dict[str, Any], Curves]:

@@ -1,7 +1,7 @@
 """Tiny data and models for the tests: real code, real formats, seconds instead of hours."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,11 @@ def _weights(model: str) -> Any:
     return jax.device_get(jax.jit(lambda key: params.init(key, describe[model]))(jax.random.key(7)))
 
 
-def frozen_llm(mesh: jax.sharding.Mesh | None = None, *, bos: bool = False) -> load.FrozenLLM:
+def frozen_llm(
+    mesh: jax.sharding.Mesh | None = None, *, bos: bool = False, rules: Mapping[str, str] = params.AXIS_RULES
+) -> load.FrozenLLM:
     """A random Llama that reads `byte_tokenizer`."""
-    return load.build(LLAMA, _weights("llama"), byte_tokenizer(bos=bos), mesh=mesh)
+    return load.build(LLAMA, _weights("llama"), byte_tokenizer(bos=bos), mesh=mesh, rules=rules)
 
 
 def encoder() -> text_encoder.LoadedEncoder:

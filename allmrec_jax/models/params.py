@@ -22,6 +22,7 @@ from allmrec_jax.errors import UserError
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Tree = Any
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Logical axes of parameters and activations -> mesh axes. An axis that does not divide its mesh axis is replicated.
 AXIS_RULES: dict[str, str] = {
@@ -32,6 +33,8 @@ AXIS_RULES: dict[str, str] = {
     "mlp": "model",
     "items": "model",
 }
+# The same for weights that are cut over the data-parallel devices, too: each layer is gathered where it is used.
+FULLY_SHARDED: dict[str, str] = AXIS_RULES | {"embed": "data"}
 
 
 def normal(std: float) -> Initialiser:
@@ -124,13 +127,16 @@ def shapes(description: Tree, dtype: Any = jnp.float32) -> Tree:
     return rebuild(description, (jax.ShapeDtypeStruct(p.shape, p.dtype or dtype) for _, p in paths(description)))
 
 
-def spec(parameter: Parameter, mesh: jax.sharding.Mesh, rules: Mapping[str, str] = AXIS_RULES) -> tuple:
-    """The mesh axis (or None) that cuts each dimension; those that the mesh axis does not divide stay whole."""
-    names = []
+def spec(parameter: Parameter, mesh: AnyMesh, rules: Mapping[str, str] = AXIS_RULES) -> tuple:
+    """The mesh axis (or None) that cuts each dimension; those that the mesh axis does not divide stay whole.
+
+    A mesh axis cuts the first dimension that asks for it, and no other.
+    """
+    names: list[str | None] = []
     for size, axis in zip(parameter.shape, parameter.axes, strict=True):
         mesh_axis = rules.get(axis) if axis is not None else None
         divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-        names.append(mesh_axis if divides else None)
+        names.append(mesh_axis if divides and mesh_axis not in names else None)
     return tuple(names)
 
 
@@ -141,6 +147,17 @@ def shardings(description: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, st
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec(parameter, mesh, rules)))
 
     return rebuild(description, (sharding(p) for _, p in paths(description)))
+
+
+def bytes_per_device(description: Tree, mesh: AnyMesh, rules: Mapping[str, str] = AXIS_RULES) -> int:
+    """Bytes of the described arrays (float32 where they have no dtype) on each device; int4 takes half a byte."""
+    total = 0.0
+    for _, parameter in paths(description):
+        dtype = jnp.dtype(parameter.dtype or jnp.float32)
+        size = 0.5 if dtype == jnp.int4 else dtype.itemsize
+        cuts = [1 if axis is None else mesh.shape[axis] for axis in spec(parameter, mesh, rules)]
+        total += math.prod(parameter.shape) / math.prod(cuts) * size
+    return int(total)
 
 
 def check_names(

@@ -34,6 +34,7 @@ def load(
     store: Store,
     *,
     mesh: Mesh | None = None,
+    rules: Mapping[str, str] = params.AXIS_RULES,
     ignore: Callable[[str], bool] = lambda name: False,
     source: str = "the weights",
 ) -> Tree:
@@ -45,6 +46,7 @@ def load(
       kept: of what is to be kept: as `description`, with a dict of parameters in place of one that `store` takes apart.
       store: applied on the devices, to each layer; hashable, for it is compiled once for each kind of parameter.
       mesh: cuts everything by its logical axes; None leaves it on the default device.
+      rules: which mesh axis cuts which logical axis.
 
     Raises:
       UserError: for a missing, unknown or misshaped name, naming it; names are checked before anything is read.
@@ -53,17 +55,23 @@ def load(
     wanted = jax.tree.structure(description, is_leaf=params.is_parameter).flatten_up_to(kept)
     leaves = []
     for (_, parameter), shape in zip(params.paths(description), wanted, strict=True):
-        leaves.append(_place(parameter, tensors, shape, store, mesh, source))
+        leaves.append(_place(parameter, tensors, shape, store, mesh, rules, source))
     return params.rebuild(description, leaves)
 
 
 def _place(
-    parameter: Parameter, tensors: Mapping[str, Any], kept: Tree, store: Store, mesh: Mesh | None, source: str
+    parameter: Parameter,
+    tensors: Mapping[str, Any],
+    kept: Tree,
+    store: Store,
+    mesh: Mesh | None,
+    rules: Mapping[str, str],
+    source: str,
 ) -> Any:
     """One parameter, whole or layer by layer."""
     dropped = 1 if parameter.stacked else 0
-    spec = None if mesh is None else params.spec(parameter, mesh)[dropped:]
-    placed = None if mesh is None else tuple(jax.tree.leaves(params.shardings(kept, mesh)))
+    spec = None if mesh is None else params.spec(parameter, mesh, rules)[dropped:]
+    placed = None if mesh is None else tuple(jax.tree.leaves(params.shardings(kept, mesh, rules)))
     inputs = tuple(axis - dropped for axis in parameter.inputs)
     one = Parameter(parameter.shape[dropped:], parameter.axes[dropped:], parameter.init, inputs=inputs)
     write = _writer(store, one.shape, one.axes, one.inputs, placed, parameter.stacked)

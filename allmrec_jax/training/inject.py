@@ -73,7 +73,7 @@ def freeze(llm: FrozenLLM, mesh: Mesh, **tables: np.ndarray) -> tuple[Any, Any]:
     """(frozen, its shardings): the LLM's weights by their logical axes; `tables` (x_u, e) replicated."""
     whole = NamedSharding(mesh, P())
     frozen = {"llm": llm.weights} | {name: jnp.asarray(table) for name, table in tables.items()}
-    shardings = {"llm": {"weights": params.shardings(llm.describe(), mesh)}} | dict.fromkeys(tables, whole)
+    shardings = {"llm": llm.shardings(mesh)} | dict.fromkeys(tables, whole)
     if tables:
         frozen["tokens"] = projection.token_statistics(llm.weights["weights"]["embed"])
         shardings["tokens"] = {"mean": whole, "spread": whole}

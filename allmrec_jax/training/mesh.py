@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,11 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[Any] | 
         raise UserError(f"a mesh of {data} x {model} needs {data * model} devices, but there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * 2
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"), axis_types=auto)
+
+
+def data_parallel(devices: int, model: int, *batches: int) -> int:
+    """How many data-parallel devices, of those that `model` leaves, cut all these batches evenly."""
+    return math.gcd(max(1, devices // model), *batches)
 
 
 def local_rows(per_device: int, axes: str | tuple[str, ...] = DATA) -> jax.Array:
