@@ -18,7 +18,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.files import digest, model_files
 from allmrec_jax.models import bert, params
 from allmrec_jax.models.bert import EncoderConfig, TextEncoder
-from allmrec_jax.models.text_encoder import build, check_fits, load_encoder, tokenize
+from allmrec_jax.models.text_encoder import build, load_encoder, tokenize
 
 TEXTS = ["Heat", "", "  \n", "A longer text, with more in it.", "x" * 200]
 WORDS = ["[PAD]", "<s>", "</s>", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz,.", "##a", "##e", "##at", "he"]
@@ -116,6 +116,12 @@ def test_a_folder_gives_the_config_and_the_weights_that_are_in_it(tmp_path, arch
         ({"sentence_bert_config": {"max_seq_length": None}}, ("mean", False, 62)),
         ({"sentence_bert_config": {"max_seq_length": 9999}}, ("mean", False, 62)),
         ({"sentence_bert_config": None, "tokenizer_config": {"model_max_length": 31}}, ("mean", False, 31)),
+        ({"sentence_bert_config": None, "tokenizer_config": {"model_max_length": None}}, ("mean", False, 62)),
+        ({"sentence_bert_config": None, "tokenizer_config": {"model_max_length": 10**30}}, ("mean", False, 62)),
+        (
+            {"sentence_bert_config": {"max_seq_length": None}, "tokenizer_config": {"model_max_length": 31}},
+            ("mean", False, 31),
+        ),
         ({"sentence_bert_config": None, "sentence_mpnet_config": {"max_seq_length": 11}}, ("mean", False, 11)),
         # a plain Hugging Face folder
         ({"modules": None, "1_Pooling__config": None, "sentence_bert_config": None}, ("mean", False, 62)),
@@ -125,6 +131,16 @@ def test_pooling_normalisation_and_limit_are_read(tmp_path, files, expected):
     write(tmp_path, "mpnet", **files)
     c = load_encoder(tmp_path).config
     assert (c.pooling, c.normalize, c.max_seq_length) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "limit"), [({"max_seq_length": 1024}, 1024), ({"max_seq_length": None}, 2048), (None, 2048)]
+)
+def test_texts_are_cut_where_the_folder_says_even_beyond_512(tmp_path, said, limit):
+    large = replace(tiny.ENCODER, max_position_embeddings=2048)
+    write(tmp_path, config=sizes("bert", large), sentence_bert_config=said)
+    save_file(named_weights(large), tmp_path / "model.safetensors")
+    assert load_encoder(tmp_path).config.max_seq_length == limit
 
 
 def test_the_transformer_may_lie_in_a_folder_of_its_own(tmp_path):
@@ -358,6 +374,10 @@ def test_an_encoder_that_is_another_than_its_config_says(tmp_path, change, messa
         ({"modules": [module("StaticEmbedding")]}, "made of StaticEmbedding"),
         ({"modules": BASE[:1]}, r"made of Transformer \(known"),
         ({"modules": BASE[::-1]}, "made of Pooling, Transformer"),
+        ({"modules": [*BASE, module("Pooling", "2_Pooling")]}, "made of Transformer, Pooling, Pooling"),
+        ({"modules": [BASE[0], *BASE]}, "made of Transformer, Transformer, Pooling"),
+        ({"sentence_bert_config": {"max_seq_length": 0}}, "settings are damaged .*texts cut at 0 tokens"),
+        ({"sentence_bert_config": {"max_seq_length": "20"}}, "settings are damaged"),
         ({"modules": [{"path": ""}]}, "settings are damaged"),
         ({"1_Pooling__config": {"pooling_mode_max_tokens": True}}, r"pooling by max_tokens \(known: mean, cls\)"),
         (
@@ -399,17 +419,3 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path, file, content, me
     with pytest.raises(UserError, match=message) as error:
         load_encoder(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_a_checkpoint_of_another_encoder_is_told_by_its_width_or_its_parts():
-    c = tiny.ENCODER
-    wide, deep = replace(c, hidden_size=16), replace(c, num_hidden_layers=3)
-    other = replace(c, architecture="distilbert")
-    check_fits(c, weights_of(c))
-    check_fits(c, params.shapes(bert.describe(c)))
-    with pytest.raises(UserError, match=r"an encoder 16 wide, but this one is 8 wide; name .* or train stage 1 again"):
-        check_fits(c, weights_of(wide), "align/checkpoints/40")
-    with pytest.raises(UserError, match=r"layers/attention_norm/bias is \(3, 8\) there and \(2, 8\) in this bert"):
-        check_fits(c, weights_of(deep))
-    with pytest.raises(UserError, match="embeddings/type is missing there"):
-        build(c, weights_of(other), None)

@@ -34,37 +34,9 @@ class LoadedEncoder:
 
 
 def build(config: EncoderConfig, weights: Any, backend: Any) -> LoadedEncoder:
-    """The module built abstractly around the given weights.
-
-    Raises:
-      UserError: if they are those of an encoder of another size.
-    """
-    check_fits(config, weights)
+    """The module built abstractly around the given weights."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: TextEncoder(config, jax.random.key(0))))
     return LoadedEncoder(graph, {"weights": weights}, config, backend)
-
-
-def check_fits(config: EncoderConfig, weights: Any, source: str = "the checkpoint") -> None:
-    """That a tree of weights (or of their shapes) is one of this encoder.
-
-    Raises:
-      UserError: naming the width, or else the first parameter that differs.
-    """
-    wanted = {path: parameter.shape for path, parameter in params.paths(describe(config))}
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
-    }
-    advice = "name the sentence encoder that it was made with (align.encoder), or train stage 1 again"
-    width = found.get("embeddings/norm/scale", (config.hidden_size,))[0]
-    if width != config.hidden_size:
-        raise UserError(f"{source} holds an encoder {width} wide, but this one is {config.hidden_size} wide; {advice}")
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
-            raise UserError(
-                f"{source} holds another encoder: {path} is {found.get(path, 'missing')} there and "
-                f"{wanted.get(path, 'missing')} in this {config.architecture}; {advice}"
-            )
 
 
 # Our field -> its key in config.json. An optional one may be absent.
@@ -136,14 +108,14 @@ def _modules(folder: Path) -> tuple[Path, dict[str, Any]]:
     modules = _read(folder / "modules.json", [])
     if not modules:
         return folder, {}
-    paths = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
-    if list(paths) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
             f"{folder}: the encoder is made of {', '.join(kinds)} (known: Transformer, Pooling, and Normalize "
             "or not); choose another encoder"
         )
-    pooling = _read(folder / (paths["Pooling"] or "1_Pooling") / "config.json")
+    transformer, pool = (module.get("path", "") for module in modules[:2])
+    pooling = _read(folder / (pool or "1_Pooling") / "config.json")
     named = pooling.get("pooling_mode")
     modes = [named] if isinstance(named, str) else list(named or [])
     modes += [key.removeprefix("pooling_mode_") for key, on in pooling.items() if key[:13] == "pooling_mode_" and on]
@@ -153,7 +125,7 @@ def _modules(folder: Path) -> tuple[Path, dict[str, Any]]:
     prompts = _read(folder / "config_sentence_transformers.json", {})
     if name := prompts.get("default_prompt_name"):
         raise UserError(f"{folder}: puts the prompt {name!r} before every text, which is not supported; set it to null")
-    return folder / paths["Transformer"], {"pooling": known[modes[0]], "normalize": "Normalize" in paths}
+    return folder / transformer, {"pooling": known[modes[0]], "normalize": "Normalize" in kinds}
 
 
 def _config(raw: dict[str, Any], folder: Path) -> EncoderConfig:
@@ -176,9 +148,12 @@ def _config(raw: dict[str, Any], folder: Path) -> EncoderConfig:
 
 def _limit(folder: Path, config: EncoderConfig) -> int:
     """Tokens at which a text is cut, [CLS] and [SEP] counted: what the files say, or as many as there are positions."""
-    said = [_read(path).get("max_seq_length") for path in sorted(folder.glob("sentence_*_config.json"))]
-    said = said or [None]
-    return min(said[0] or _read(folder / "tokenizer_config.json", {}).get("model_max_length", 512), config.longest, 512)
+    said = [_read(path).get("max_seq_length") for path in sorted(folder.glob("sentence_*_config.json"))][:1]
+    said.append(_read(folder / "tokenizer_config.json", {}).get("model_max_length"))
+    limit = int(min(next((n for n in said if n is not None), config.longest), config.longest))
+    if limit < 2:
+        raise ValueError(f"texts cut at {limit} tokens")
+    return limit
 
 
 def _plain_name(name: str) -> str:
