@@ -123,27 +123,27 @@ def read_sentence_pieces(data: bytes) -> tuple[list[str], list[float], list[int]
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protocol buffer; numbers as int, everything else as bytes."""
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            if at >= len(data):
-                raise ValueError("it is cut")
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value
-
     while at < len(data):
-        key = varint()
+        key, at = _varint(data, at)
         if key & 7 == 0:
-            yield key >> 3, varint()
+            value, at = _varint(data, at)
+            yield key >> 3, value
             continue
         if key & 7 not in (1, 2, 5):
             raise ValueError("it holds something else")
-        size = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
+        size, at = _varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
         if at + size > len(data):
             raise ValueError("it is cut")
         yield key >> 3, data[at : at + size]
         at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(number, where the next thing begins): seven bits a byte, the lowest first; the last byte is below 128."""
+    value = shift = 0
+    while at < len(data):
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError("it is cut")
