@@ -96,6 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
 
+    plan = command(
+        "plan",
+        "What a config needs on hardware that you do not have: memory a chip, what fits, time.",
+        "\nCompiles stage 2 and the ranker for a topology (v5e:2x4, v5p:2x2x1, cpu:4, local), or estimates (h100:8)."
+        + overrides,
+    )
+    plan.add_argument("--config", required=True, help="a Python config file, or the name of one")
+    plan.add_argument("--topology", required=True, help="v4, v5e, v5p, v6e, a100, h100, h200 or cpu, :SHAPE; or local")
+    plan.add_argument(
+        "--length", type=int, help="tokens of a prompt (default: the data's where it is prepared, or 1024)"
+    )
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write what machines read")
+
     recommend = command(
         "recommend",
         "Recommend items to a known user, or to somebody new by titles.",
@@ -165,13 +178,20 @@ def run_recommend(arguments: argparse.Namespace) -> None:
         pipeline.console.print(table(answer))
 
 
+def run_plan(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from allmrec_jax.planning.report import run
+
+    experiment = cli_fields.override(load_config(arguments.config), rest, prog="allmrec plan")
+    run(experiment, arguments.topology, length=arguments.length, file=arguments.json)
+
+
 def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
     workdir = getattr(arguments, "workdir", None)
     if workdir is not None and re.match(r"^[a-z0-9]+:/", str(workdir)):
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if workdir is not None and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
-    if arguments.command not in ("train", "run") and rest:
+    if arguments.command not in ("train", "run", "plan") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
         name = "ml100k" if arguments.full else "demo"
@@ -180,6 +200,8 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         cli_data.run_data(arguments)
     elif arguments.command == "bench":
         cli_data.run_bench(arguments)
+    elif arguments.command == "plan":
+        run_plan(arguments, rest)
     elif arguments.command in ("train", "run"):
         stage = getattr(arguments, "stage", "llm")
         prog = " ".join(["allmrec", arguments.command, *[stage] * (arguments.command == "train")])
@@ -202,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     choose_platform()
     try:
-        if argv[:1] and argv[0] in ("train", "run") and {"-h", "--help"} & set(argv):
+        if argv[:1] and argv[0] in ("train", "run", "plan") and {"-h", "--help"} & set(argv):
             return _teach(argv)
         arguments, rest = build_parser().parse_known_args(argv)
         dispatch(arguments, rest)

@@ -71,13 +71,18 @@ def init_heads(
 
 def freeze(llm: FrozenLLM, mesh: Mesh, **tables: np.ndarray) -> tuple[Any, Any]:
     """(frozen, its shardings): the LLM's weights by their logical axes; `tables` (x_u, e) replicated."""
-    whole = NamedSharding(mesh, P())
     frozen = {"llm": llm.weights} | {name: jnp.asarray(table) for name, table in tables.items()}
-    shardings = {"llm": llm.shardings(mesh)} | dict.fromkeys(tables, whole)
     if tables:
         frozen["tokens"] = projection.token_statistics(llm.weights["weights"]["embed"])
-        shardings["tokens"] = {"mean": whole, "spread": whole}
+    shardings = frozen_shardings(llm, mesh, *tables)
     return jax.device_put(frozen, shardings), shardings
+
+
+def frozen_shardings(llm: FrozenLLM, mesh: Mesh, *tables: str) -> Any:
+    """Of what `freeze` gives with these tables."""
+    whole = NamedSharding(mesh, P())
+    shardings = {"llm": llm.shardings(mesh)} | dict.fromkeys(tables, whole)
+    return shardings | {"tokens": {"mean": whole, "spread": whole}} if tables else shardings
 
 
 class Examples:

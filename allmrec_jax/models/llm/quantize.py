@@ -14,6 +14,7 @@ Reference for the pairing of integers and scales: Dettmers et al. 2022 (LLM.int8
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -132,6 +133,11 @@ def einsum(pattern: str, x: jax.Array, weight: jax.Array | Mapping[str, jax.Arra
     """`jnp.einsum(pattern, x, weight)` for a weight in whichever form it is kept."""
     if not isinstance(weight, Mapping):
         return jnp.einsum(pattern, x, weight)
+    # Without this the backward pass would find the float copies of all layers' weights, kept by the forward pass.
+    return jax.checkpoint(functools.partial(_einsum, pattern), prevent_cse=False)(x, weight)
+
+
+def _einsum(pattern: str, x: jax.Array, weight: Mapping[str, jax.Array]) -> jax.Array:
     integers, scales = weight["integers"], weight["scales"]
     if integers.ndim != scales.ndim:  # int8
         (_, of_weight), out = pattern.split("->")[0].split(","), pattern.split("->")[1]

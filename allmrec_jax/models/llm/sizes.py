@@ -92,12 +92,8 @@ def known_as(name: str) -> str | None:
     return next((found for n in range(len(parts), 0, -1) if (found := "-".join(parts[:n])) in PUBLISHED), None)
 
 
-def config_of(name: str) -> Any:
-    """The config of a model by its folder, its `.gguf` file, what the cache holds of it, or else its well-known sizes.
-
-    Raises:
-      UserError: if nothing says how large it is.
-    """
+def place_of(name: str) -> Path | None:
+    """Where a model's config is: its folder or `.gguf` file, or what the cache holds of it."""
     from allmrec_jax.data import sources
 
     places = [Path(name)]
@@ -105,12 +101,26 @@ def config_of(name: str) -> Any:
         places.append(sources.cache_dir() / sources.weights_named(name).name)
     for folder in places:
         if (folder / "config.json").is_file():
-            return read_config(json.loads((folder / "config.json").read_text()), str(folder))
+            return folder
         ggufs = [folder] if folder.suffix == ".gguf" and folder.is_file() else sorted(folder.glob("*.gguf"))
         if ggufs:
-            from allmrec_jax.models.llm import gguf_file
+            return ggufs[0]
+    return None
 
-            return gguf_file.read(ggufs[0])[2]
+
+def config_of(name: str) -> Any:
+    """The config of a model by what `place_of` finds of it, or else its well-known sizes.
+
+    Raises:
+      UserError: if nothing says how large it is.
+    """
+    place = place_of(name)
+    if place is not None and place.suffix == ".gguf":
+        from allmrec_jax.models.llm import gguf_file
+
+        return gguf_file.read(place)[2]
+    if place is not None:
+        return read_config(json.loads((place / "config.json").read_text()), str(place))
     known = known_as(name)
     if known is None:
         raise UserError(
@@ -118,3 +128,16 @@ def config_of(name: str) -> Any:
             f"{', '.join(PUBLISHED)}"
         )
     return read_config(PUBLISHED[known][0], name)
+
+
+def tokenizer_at(place: Path) -> Any:
+    """The tokenizer beside the config that `place_of` has found.
+
+    Raises:
+      UserError: if there is none, or it cannot be read.
+    """
+    from allmrec_jax.models.llm import gguf_file, tokenizer
+
+    if place.suffix == ".gguf":
+        return tokenizer.from_gguf(gguf_file.read(place)[0])
+    return tokenizer.from_folder(place, json.loads((place / "config.json").read_text()))

@@ -1,0 +1,1 @@
+"""`allmrec plan`: what a config needs on hardware that is not there."""
