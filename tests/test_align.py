@@ -241,8 +241,8 @@ def test_ranking_by_e_is_the_cf_model_s_where_the_decoder_gives_back_e_i(data):
         assert models["q"]["mrr"] != models["e"]["mrr"]
     users = {name: models["cf"]["mrr"]["n"] for name, models in found.items()}
     seen = counts[data.targets("test")[data.has_target("test")]]
-    assert users["overall"] == users["at most 5 training interactions"] + users["more than 5"] == len(seen)
-    assert users["more than 5"] == (seen > 5).sum()
+    assert users["overall"] == users["seen 5 times at most"] + users["seen more often"] == len(seen)
+    assert users["seen more often"] == (seen > 5).sum()
     lists, column = draw_for_test(data, np.flatnonzero(data.has_target("test"))[:1], seed=0, count=6)
     x_u = np.asarray(E[lists[0, column[0]]])[None]  # nearest to its own target
     scores = embedding_only.score(aligned, cf, x_u, lists)

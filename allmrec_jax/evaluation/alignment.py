@@ -26,7 +26,7 @@ NEAREST = (1, 10)
 COLLAPSED = 1e-3  # of the greatest distance there is between two points of (0, 1)^d', sqrt(d')
 CATEGORIES = 8  # with a colour of their own
 PICTURE = "embeddings.png"
-RANKED = {"cf": "CF model", "e": "by e", "q": "by q", "mixed": "by q up to 5, else e"}
+RANKED = {"cf": "CF model", "e": "by e", "q": "by q", "mixed": "by both"}
 
 
 def spread(table: Float[np.ndarray, "items joint"]) -> float:
@@ -112,7 +112,7 @@ def table(found: dict[str, Any]) -> Any:
     shown = Table("test items", "users", *RANKED.values(), box=box.SIMPLE_HEAD, title_justify="left")
     shown.title = "Hit@1 among 20 by stage 1's embeddings, without an LLM"
     for scenario, models in found["ranking"].items():
-        cells = [f"{of['value']:.3f} ({of['low']:.3f}-{of['high']:.3f})" for of in _hits(models)]
+        cells = [f"{of['value']:.3f}\n({of['low']:.3f}-{of['high']:.3f})" for of in _hits(models)]
         shown.add_row(scenario, f"{models['cf']['hit@1']['n']:,}", *cells)
     return shown
 

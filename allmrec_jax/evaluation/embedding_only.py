@@ -53,7 +53,7 @@ def figures(
     for name in ("cold-items", "warm-items"):
         if dataset.manifest["scenarios"][name]["reason"] is None:
             groups[name] = np.isin(users, dataset.scenario(name).users)
-    groups |= {f"at most {FEW} training interactions": seen <= FEW, f"more than {FEW}": seen > FEW}
+    groups |= {f"seen {FEW} times at most": seen <= FEW, "seen more often": seen > FEW}
     return {
         name: metrics.summarise({model: of[rows] for model, of in scores.items()}, column[rows], seed=seed)
         for name, rows in groups.items()
