@@ -95,7 +95,8 @@ class Alignment:
     """s of L_rec: the sum of the d products of x_u and E' (paper), or their mean (public code)."""
     items: Literal["positive", "both"] = "positive"
     """What enters L_match, L_item and L_text: the user's next item (paper), or that and the random negative, two means
-    added (public code)."""
+    added (public code). Each distinct text is encoded once a step, under one dropout mask; the public code draws a mask
+    for each time that it occurs."""
     match: bool = True
     """Ablation switch of L_match."""
     reconstruction: bool = True
@@ -128,6 +129,12 @@ class Alignment:
     """Of the sentence encoder; None is the same (paper)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the sentence encoder's products; auto is float32 on CPU, else bfloat16. Its weights are kept in float32."""
+    group_tokens: int | None = None
+    """Of the texts that go through the encoder at once; None is 1,024 on CPU and 16,384 elsewhere. Fewer take less
+    memory."""
+    remat: bool = False
+    """Compute the encoder's layers again for the gradient in place of keeping their inner values: slower, and less
+    memory."""
     save_every: int = 5
     """Epochs between checkpoints."""
 

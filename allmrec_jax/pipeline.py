@@ -45,7 +45,7 @@ def _weights_folder(name: str, console: Console) -> Path:
 
 # Fields that change how, but not what, a stage computes.
 NO_INFLUENCE = {
-    "align": ("save_every",),
+    "align": ("save_every", "group_tokens", "remat"),
     "llm": ("save_every", "remat", "micro"),
     "evaluation": ("batch", "resamples", "examples"),
 }

@@ -3,21 +3,23 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from rich.console import Console
 
-from allmrec_jax.data import text_groups
+from allmrec_jax.data import batches, text_groups
 from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import alignment as quality
 from allmrec_jax.evaluation import embedding_only
-from allmrec_jax.models import alignment, params
-from allmrec_jax.training import align, align_step
+from allmrec_jax.models import alignment, bert, params, text_encoder
+from allmrec_jax.training import align, align_batches, align_step
 
 STILL = dataclasses.replace(tiny.STAGE_1, train_encoder=False, epochs=2, save_every=1)
 
@@ -53,47 +55,151 @@ def lengths():
 
 
 @pytest.mark.parametrize(("texts", "devices"), [(58, 1), (30, 1), (58, 4), (3, 8)])
-def test_every_text_stands_in_one_group_that_holds_it(lengths, texts, devices):
+def test_every_text_stands_in_one_row_that_holds_it(lengths, texts, devices):
     random = np.random.default_rng(1)
     batches = [random.choice(len(lengths), texts, replace=False) for _ in range(8)]
-    shapes = text_groups.choose_shapes([lengths[b][::devices] for b in batches], lengths, 1024, 256, 1000)
-    assert len(shapes) <= text_groups.MOST_SHAPES
+    samples = [lengths[b][text_groups.deal(lengths[b], devices)[0]] for b in batches]
+    shapes = text_groups.choose_shapes(samples, int(lengths.max()), most_tokens=1024, span=768, compiling=6)
+    assert len({width for _, width in shapes}) <= 2
+    assert len(shapes) <= 2 * text_groups.MOST_SIZES
     assert all(rows == 1 or rows * width <= 1024 for rows, width in shapes)
     for batch in batches:
         shares = random.random(texts).astype(np.float32)
         groups = text_groups.group(batch, shares, lengths, shapes, most=-(-texts // devices), devices=devices)
-        found = groups.texts[groups.shares > 0]
-        assert sorted(found) == sorted(batch)
-        np.testing.assert_array_equal(groups.shares[groups.shares > 0], shares[[list(batch).index(t) for t in found]])
-        for shape, row, share in zip(groups.shape, groups.texts, groups.shares, strict=True):
-            kept = row[share > 0]
-            assert len(kept) == 0 if shape < 0 else 0 < len(kept) <= shapes[shape][0]
-            assert (lengths[kept] <= shapes[shape][1]).all()
+        assert len(groups.shape) % devices == 0
+        there = groups.starts < text_groups.ABSENT
+        assert sorted(groups.texts[there]) == sorted(batch)
+        assert dict(zip(groups.texts[there], groups.shares[there], strict=True)) == dict(
+            zip(batch, shares, strict=True)
+        )
+        assert (groups.shares[~there] == 0).all()
+        for shape, rows, starts, kept in zip(groups.shape, groups.texts, groups.starts, there, strict=True):
+            assert (shape >= 0) == kept.any()
+            most, width = shapes[shape]
+            assert not kept[most:].any()
+            for row, start, of_row in zip(rows, starts, kept, strict=True):
+                ends = start[of_row] + lengths[row[of_row]]
+                assert (start[of_row] == np.append(0, ends)[: len(ends)]).all()  # one after the other
+                assert (ends <= width).all()
+        assert groups.tokens[0] == lengths[batch].sum()
+        assert groups.tokens[1] == sum(np.prod(shapes[shape]) for shape in groups.shape if shape >= 0)
+
+
+def _padding(lengths, texts: int, steps: int, **options) -> tuple[float, tuple]:
+    random = np.random.default_rng(2)
+
+    def batch():
+        return random.choice(len(lengths), random.integers(texts - 4, texts + 1), replace=False)
+
+    options = {"most_tokens": 1024, "span": 768, "compiling": 6000 / steps} | options
+    shapes = text_groups.choose_shapes([lengths[batch()] for _ in range(32)], int(lengths.max()), **options)
+    tokens = np.zeros(2)
+    for _ in range(50):
+        b = batch()
+        tokens += text_groups.group(b, np.ones(len(b), np.float32), lengths, shapes, most=texts).tokens
+    return 1 - tokens[0] / tokens[1], shapes
 
 
 @pytest.mark.parametrize("texts", [58, 30])
-def test_under_a_tenth_is_padding_over_long_training(lengths, texts):
-    random = np.random.default_rng(2)
-    batches = [random.choice(len(lengths), texts, replace=False) for _ in range(align.SAMPLES)]
-    shapes = text_groups.choose_shapes([lengths[b] for b in batches], lengths, 1024, 256, steps=3000)
-    shares, tokens = np.ones(texts, np.float32), np.zeros(2)
-    for _ in range(50):
-        batch = random.choice(len(lengths), texts, replace=False)
-        tokens += text_groups.group(batch, shares, lengths, shapes, most=texts).tokens
-    assert 1 - tokens[0] / tokens[1] < 0.105
-    few = text_groups.choose_shapes([lengths[b] for b in batches], lengths, 1024, 256, steps=30)
+def test_under_a_tenth_is_padding(lengths, texts):
+    padding, shapes = _padding(lengths, texts, steps=3000)
+    assert padding < 0.10
+    _, few = _padding(lengths, texts, steps=30)
     assert len(few) < len(shapes)  # short training does not pay for many compilations
 
 
-def test_shapes_change_nothing_without_dropout(data, tmp_path, monkeypatch):
-    config = dataclasses.replace(tiny.STAGE_1, epochs=1, encoder_dropout=False, items="both", score="mean")
+def test_under_a_tenth_is_padding_of_short_texts_too():
+    """As long as titles of films: 10 to 32 tokens. Ten epochs of ml-100k are 300 steps."""
+    lengths = np.clip(np.random.default_rng(0).gamma(14, 1, 1400).astype(int), 8, 32)
+    padding, shapes = _padding(lengths, 32, steps=300)
+    assert padding < 0.10
+    assert len(shapes) <= 3
+
+
+def test_large_batches_are_sampled(monkeypatch):
+    """The search looks at about as many texts, whatever the batch."""
+    random, seen = np.random.default_rng(0), []
+    monkeypatch.setattr(text_groups, "choose_shapes", lambda samples, *_, **__: seen.append(samples) or ((1, 40),))
+    for rows in (32, 1024):
+        drawing = _drawing(np.arange(1, 2049), random.integers(1, 500, 2048), 5000)
+        steps = align_batches.Steps(
+            align_step.spans(2048, rows, None), rows, drawing, align_batches.in_file_order(2048), jax.random.key(0)
+        )
+        align_batches.TextBatches(steps, random.integers(3, 40, 5001), both=False, devices=1, training=100, width=8)
+    assert [len(samples) for samples in seen] == [32, 2]
+    assert max(len(sample) for sample in seen[0]) == 32
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_shapes_and_devices_change_nothing_but_rounding(data, tmp_path, monkeypatch, devices):
+    """With the encoder's dropout, whose masks know neither of rows nor of widths."""
+    config = dataclasses.replace(tiny.STAGE_1, epochs=1, items="both", score="mean")
     found = []
     longest = max(len(text.encode()) for text in align.item_texts(data, config.text)) + 2  # tokens are bytes here
-    for number, shapes in enumerate((((1, longest), (4, longest)), ((2, 40), (2, longest)))):
-        monkeypatch.setattr(text_groups, "choose_shapes", lambda *_, shapes=shapes: shapes)
-        aligned, curves, _ = train(config, data, tmp_path / str(number))
+    for number, shapes in enumerate((((1, longest),), ((2, 40), (1, 96), (2, 96)))):
+        monkeypatch.setattr(text_groups, "choose_shapes", lambda *_, shapes=shapes, **__: shapes)
+        on = devices if number else 1
+        aligned, curves, _ = train(config, data, tmp_path / str(number), devices=on)
         found.append((aligned.parameters, aligned.e, aligned.q, curves))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *found)
+    plain, *_ = train(dataclasses.replace(config, encoder_dropout=False), data, tmp_path / "plain")
+    assert np.abs(plain.q - found[0][2]).max() > 1e-4
+
+
+def test_less_memory_changes_nothing_but_rounding(data, tmp_path):
+    config = dataclasses.replace(tiny.STAGE_1, epochs=1)
+    usual, *_ = train(config, data, tmp_path / "usual")
+    less, _, said = train(dataclasses.replace(config, remat=True, group_tokens=64), data, tmp_path / "less")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), usual.parameters, less.parameters)
+    assert "text shapes in one compiled program" in said
+
+
+@pytest.mark.parametrize("architecture", bert.ARCHITECTURES)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_text_among_others_in_a_row_is_encoded_as_if_alone(architecture, pooling):
+    """Value and gradient, under dropout; absent texts and empty rows give no NaN."""
+    c = dataclasses.replace(tiny.ENCODER, architecture=architecture, pooling=pooling, normalize=True)
+    tree = params.init(jax.random.key(1), bert.describe(c))
+    encoder = text_encoder.build(
+        c, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), tree), None
+    )
+    random = np.random.default_rng(0)
+    texts = [random.integers(2, 280, n).astype(np.int32) for n in (9, 5, 3, 12)]
+    keys, towards = jax.random.split(jax.random.key(3), 4), random.normal(size=(4, c.hidden_size)).astype(np.float32)
+
+    def alone(weights):
+        module = nnx.merge(encoder.graph, weights)
+        rows = [module(t[None], np.ones((1, len(t)), bool), keys[i][None])[0] for i, t in enumerate(texts)]
+        return jnp.stack(rows)
+
+    def packed(weights):
+        tokens = np.full((3, 20), 7, np.int32)
+        tokens[0, :17], tokens[1, :12] = np.concatenate(texts[:3]), texts[3]
+        none = text_groups.ABSENT
+        starts = np.array([[0, 9, 14], [0, none, none], [none] * 3])
+        lengths, of_row = np.array([[9, 5, 3], [12, 0, 0], [0, 0, 0]]), np.array([[0, 1, 2], [3, 0, 0], [0, 0, 0]])
+        Q = nnx.merge(encoder.graph, weights).packed(tokens, starts, lengths, keys[of_row], remat=True)
+        return jnp.concatenate([Q[0], Q[1, :1]])
+
+    found = [
+        jax.jit(jax.value_and_grad(lambda w, Q=Q: (jnp.sum(Q(w) * towards), Q(w)), has_aux=True))(encoder.weights)
+        for Q in (alone, packed)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *found)
+
+
+def test_dropout_keeps_its_share_whatever_the_text_site_and_place():
+    words = jax.random.bits(jax.random.key(0), (64, 1, 1, 2), jnp.uint32)
+    place = jnp.arange(64 * 64, dtype=jnp.uint32).reshape(1, 64, 64)
+    kept = np.stack([bert.kept(words, site, place, 0.1) for site in range(4)])  # site, text, place, place
+    error = np.sqrt(0.09 / 64**2)
+    assert abs(kept.mean() - 0.9) < 4 * error / 16
+    assert np.abs(kept.mean((2, 3)) - 0.9).max() < 5 * error
+    assert np.abs(kept.mean((0, 1)) - 0.9).max() < 5.5 * np.sqrt(0.09 / 256)
+    centred = kept - 0.9
+    for axis in range(4):  # neighbours of each kind have nothing to do with each other
+        together = (centred * np.roll(centred, 1, axis)).mean() / 0.09
+        assert abs(together) < 4 / np.sqrt(kept.size)
 
 
 # ------------------------------------------------------------------------------------------------------- recipes
@@ -138,16 +244,42 @@ def test_users_with_one_training_item_are_left_out_or_kept_with_item_0(data):
 
 
 def _drawn(data, users):
-    from allmrec_jax.data import batches
-
     drawing = {
-        "users": jax.numpy.asarray(users, jax.numpy.int32),
-        "positives": jax.numpy.asarray(data.targets("train")[users]),
+        "users": users.astype(np.int32),
+        "positives": data.targets("train")[users],
         "seen": batches.seen_items(*data.distinct("train"), data.n_items),
     }
-    order, rows = jax.numpy.arange(len(users)), jax.numpy.arange(len(users))
-    span = jax.numpy.array([0, len(users)])
-    return jax.device_get(align_step.draw(drawing, order, span, rows, 0, jax.random.key(0)))
+    n = len(users)
+    return align_batches.Steps(
+        align_step.spans(n, n, None), n, drawing, align_batches.in_file_order(n), jax.random.key(0)
+    )(0)
+
+
+def test_an_empty_text_is_not_a_missing_one(tmp_path):
+    texts = {"titles": ["A", "", None, "D"], "descriptions": ["", "b", "c", None]}
+    data = tiny.of_sequences(tmp_path / "d", [[1, 2, 3, 4]], 4, **texts)
+    assert align.item_texts(data, "{title}|{description}")[1:] == ["A|", "|b", "No Title|c", "D|No Description"]
+
+
+def _drawing(users, positives, n_items):
+    seen = batches.seen_items(positives, np.append(0, np.arange(len(users) + 1)), n_items)
+    return {"users": users.astype(np.int32), "positives": positives.astype(np.int32), "seen": seen}
+
+
+def test_steps_are_drawn_on_the_host_wherever_training_runs():
+    """What is fetched from the device in training waits for the step in flight."""
+    n = 20
+    drawing = _drawing(np.arange(1, n + 1), np.random.default_rng(0).integers(1, 9, n), 9)
+    spans, expected = align_step.spans(n, 8, None), []
+    for device in (jax.devices()[0], jax.devices()[3]):  # the latter in place of an accelerator
+        with jax.default_device(device):
+            key = jax.random.key(1)
+            steps = align_batches.Steps(spans, 8, drawing, align_batches.shuffled(key, n), key)
+            expected.append([steps(i) for i in range(6)])
+            made = steps._draw(steps._given, steps.order(0), spans[0], 0)
+            assert {leaf.device for leaf in jax.tree.leaves(made)} == {jax.devices()[0]}
+    jax.tree.map(np.testing.assert_array_equal, *expected)
+    assert sorted(np.concatenate([step["who"][step["real"]] for step in expected[0][:3]])) == list(range(n))
 
 
 def test_chunks_cut_batches_and_not_the_epoch():
@@ -176,8 +308,8 @@ def test_half_precision_and_pmap_train_as_well(data, tmp_path):
         dataclasses.replace(config, dtype="bfloat16"), data, tmp_path / "half", devices=2, how="pmap"
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(half.parameters)} == {np.dtype("float32")}
-    assert others["loss"][-1][1] == pytest.approx(curves["loss"][-1][1], rel=0.02)
-    np.testing.assert_allclose(half.q, whole.q, atol=0.02)
+    assert others["loss"][-1][1] == pytest.approx(curves["loss"][-1][1], rel=1e-3)
+    np.testing.assert_allclose(half.q, whole.q, atol=2e-3)
     one, two = (train(STILL, data, tmp_path / how, devices=2, how=how)[0] for how in ("shard_map", "pmap"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one.parameters, two.parameters)
 
@@ -201,6 +333,22 @@ def test_tables_are_kept_and_mixed_by_how_often_an_item_was_seen(data, tmp_path,
     mended, _, _ = train(STILL, data, tmp_path)
     assert encoded
     np.testing.assert_allclose(mended.q, aligned.q, rtol=1e-6)
+    # Trained again over them, as where a checkpoint was damaged: they are those of the parameters, not what was there.
+    shutil.rmtree(tmp_path / "checkpoints")
+    other, _, _ = train(dataclasses.replace(STILL, learning_rate=0.1), data, tmp_path)
+    np.testing.assert_allclose(other.e, alignment.encode(other.parameters["f_I"], tiny.cf_model().E), rtol=1e-5)
+    assert np.abs(other.e - aligned.e).max() > 1e-3
+
+
+def test_the_last_encoding_is_shown_and_made_by_one_device(data, tmp_path, monkeypatch):
+    encode, seen = align.encode_items, []
+    monkeypatch.setattr(
+        align, "encode_items", lambda *a, console, **k: seen.append((a[1], console)) or encode(*a, console=console, **k)
+    )
+    train(dataclasses.replace(tiny.STAGE_1, epochs=1), data, tmp_path, devices=4)
+    [(weights, console)] = seen
+    assert console is not None
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(weights)} == {1}
 
 
 def _aligned(e, q, d=8):

@@ -80,7 +80,7 @@ def test_bench_align_trains_both_sides_on_the_same_losses(tmp_path, monkeypatch)
     sizes = {"USERS": 70, "ITEMS": 50, "MEDIAN": 20, "STEPS": 1, "TEXTS": 20, "ENCODER": small}
     for name, value in sizes.items():
         monkeypatch.setattr(bench_align, name, value)
-    monkeypatch.setattr(text_groups, "MOST_SHAPES", 3)
+    monkeypatch.setattr(text_groups, "MOST_SIZES", 1)
     assert main(["bench", "align", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in rows] == ["align.trained", "align.paper", "align.frozen"]

@@ -9,11 +9,11 @@ import optax
 import pytest
 import tiny
 
-from allmrec_jax.data import text_groups
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import alignment, params, sasrec
 from allmrec_jax.models.losses import Objective
 from allmrec_jax.training import align_step, cf, mesh
+from allmrec_jax.training.align_batches import with_texts
 from allmrec_jax.training.state import create
 
 TIERS = ((8, 8), (10, 8))
@@ -153,17 +153,13 @@ def align_step_of():
         "real": np.arange(16) < 13,
     }
     terms = align_step.Terms({"match": 1.0, "item": 0.5, "text": 0.2, "rec": 1.0}, both=True)
-    shapes = ((1, 16), (4, 16))  # of one width, so that dropout's masks are the same in all of them
+    shapes = ((1, 16), (2, 40))
 
     def run(how: str, devices: int, **changes):
         step = align_step.make_step(encoder.graph, optimiser, on(devices), terms=terms, shapes=shapes, how=how)
         state = jax.tree.map(jnp.array, create(trained, optimiser))  # a copy: the step takes its buffers
         used = batch | changes
-        items = np.concatenate([used[name][used["real"]] for name in ("positive", "negative")])
-        texts, counts = np.unique(items, return_counts=True)
-        shares = (counts / 13).astype(np.float32)
-        groups = text_groups.group(texts, shares, lengths, shapes, most=32, devices=devices)
-        used |= {"shape": groups.shape, "texts": groups.texts, "shares": groups.shares}
+        used, _ = with_texts(used, lengths, shapes, both=True, devices=devices)
         return jax.device_get(step(state, data, used, jax.random.key(3)))
 
     run.batch = batch

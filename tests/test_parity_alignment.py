@@ -10,10 +10,11 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `to
 
 from parity import assert_trees_close, gradients_of, load, randomised, weights_of  # noqa: E402
 
-from allmrec_jax.data import batches, text_groups  # noqa: E402
+from allmrec_jax.data import batches  # noqa: E402
 from allmrec_jax.models import alignment, text_encoder  # noqa: E402
 from allmrec_jax.torch_baseline.alignment import AutoEncoder, SentenceEncoder, in_transformers, losses, train_batch  # noqa: E402
 from allmrec_jax.training import align_step  # noqa: E402
+from allmrec_jax.training.align_batches import with_texts  # noqa: E402
 from allmrec_jax.training.state import create  # noqa: E402
 
 D, JOINT, TEXT, BATCH = 10, 6, 16, 8
@@ -124,13 +125,13 @@ class _World:
 
     def batch(self, rows: np.ndarray, both: bool, devices: int, shapes) -> dict[str, np.ndarray]:
         """What `align_step.make_step` reads of these rows."""
-        drawn = {"who": rows, "positive": self.positive[rows], "negative": self.negative[rows]}
-        drawn["real"] = rows < BATCH - 2
-        items = [drawn[name][drawn["real"]] for name in ("positive", "negative")[: 1 + both]]
-        texts, counts = np.unique(np.concatenate(items), return_counts=True)
-        shares = (counts / drawn["real"].sum()).astype(np.float32)
-        groups = text_groups.group(texts, shares, self.lengths, shapes, most=2 * BATCH, devices=devices)
-        return drawn | {"shape": groups.shape, "texts": groups.texts, "shares": groups.shares}
+        drawn = {
+            "who": rows,
+            "positive": self.positive[rows],
+            "negative": self.negative[rows],
+            "real": rows < BATCH - 2,
+        }
+        return with_texts(drawn, self.lengths, shapes, both=both, devices=devices)[0]
 
     def their_terms(self, rows: np.ndarray, score: str, both: bool):
         rows = rows[rows < BATCH - 2]
@@ -166,7 +167,7 @@ def test_a_batch_with_the_encoder_in_it_is_equal(auto_encoders, bert, recipe, ch
     if chunk:
         optimiser = optax.chain(align_step.keep_gradients(steps, BATCH), optimiser)
     before = jax.device_get({**world.trees, "encoder": world.encoder.weights})
-    shapes = ((3, 8), (2, 12))
+    shapes = ((3, 8), (1, 16), (2, 16))  # some rows hold several texts
     step = align_step.make_step(
         world.encoder.graph,
         optimiser,

@@ -27,6 +27,7 @@ from allmrec_jax.data import batches
 from allmrec_jax.models import alignment, params
 from allmrec_jax.models.text_encoder import EncoderConfig, LoadedEncoder, build, describe, tokenize
 from allmrec_jax.training import align, align_step, mesh
+from allmrec_jax.training.align_batches import Steps, TextBatches, in_file_order
 from allmrec_jax.training.state import create
 
 SEED = 0
@@ -79,22 +80,21 @@ class _World:
         self.tokens, self.lengths = tokenize(backend, self.texts, ENCODER.max_seq_length)
         positives = popular_items(rng, USERS, ITEMS)
         self.drawing = {
-            "users": jnp.arange(1, USERS + 1, dtype=jnp.int32),
-            "positives": jnp.asarray(positives),
+            "users": np.arange(1, USERS + 1, dtype=np.int32),
+            "positives": positives,
             "seen": batches.seen_items(positives, np.append(0, np.arange(USERS + 1)), ITEMS),
         }
-        self.data = self.drawing | {
+        self.data = {
             "E": rng.normal(size=(ITEMS + 1, D)).astype(np.float32),
             "x_u": rng.normal(size=(USERS, D)).astype(np.float32),
         }
         f_I, f_T = (alignment.describe(width, Alignment().joint) for width in (D, ENCODER.hidden_size))
         self.heads = {"f_I": params.init(jax.random.key(1), f_I), "f_T": params.init(jax.random.key(2), f_T)}
-        self.order, self.key = np.arange(USERS, dtype=np.int32), jax.random.key(SEED)
+        self.key = jax.random.key(SEED)
 
-    def batches(self, config: Alignment, devices: int) -> align.TextBatches:
-        steps = align_step.spans(USERS, config.batch, None)
-        both, order = config.items == "both", lambda _: self.order
-        return align.TextBatches(both, steps, config.batch, self.lengths, devices, self.drawing, order, self.key)
+    def steps(self, config: Alignment) -> Steps:
+        spans = align_step.spans(USERS, config.batch, None)
+        return Steps(spans, config.batch, self.drawing, in_file_order(USERS), self.key)
 
 
 class _Ours:
@@ -102,15 +102,23 @@ class _Ours:
 
     def __init__(self, world: _World, config: Alignment):
         devices = mesh.data_devices(config.batch)
-        self.made, self.key, self.at = world.batches(config, len(devices)), world.key, 0
-        self.shapes, self.batch = self.made.shapes(world.tokens.shape[1], config.epochs), config.batch
+        steps, terms = world.steps(config), align.terms_of(config, None)
+        self.key, self.at, self.batch = world.key, 0, config.batch
+        self.texts = TextBatches(
+            steps,
+            world.lengths,
+            both=terms.both,
+            devices=len(devices),
+            training=len(steps.spans) * config.epochs,
+            width=ENCODER.hidden_size,
+        )
         optimiser = align.make_optimiser(config)
         self.step = align_step.make_step(
             world.encoder.graph,
             optimiser,
             devices,
-            terms=align.terms_of(config, None),
-            shapes=self.shapes,
+            terms=terms,
+            shapes=self.texts.shapes,
             dtype=jnp.dtype(mesh.precision(config.dtype)),
         )
         self.state = create(jax.tree.map(np.asarray, {**world.heads, "encoder": world.encoder.weights}), optimiser)
@@ -121,7 +129,7 @@ class _Ours:
 
     def _run(self, steps: int) -> float:
         for _ in range(steps):
-            self.state, found = self.step(self.state, self.data, self.made.batch(self.at, self.shapes), self.key)
+            self.state, found = self.step(self.state, self.data, self.texts(self.at), self.key)
             self.at += 1
         return float(found["loss"])
 
@@ -131,10 +139,10 @@ class _Ours:
         return (time.perf_counter() - start) / (STEPS * self.batch)
 
     def beside(self) -> dict[str, float | str]:
+        texts = self.texts
         return {
-            "padding": f"{1 - self.made.real / self.made.computed:.1%} of {self.made.computed / self.at:,.0f} tokens a "
-            "step",
-            "shapes in one compiled program": str(len(self.shapes)),
+            "padding": f"{1 - texts.real / texts.computed:.1%} of {texts.computed / texts.made:,.0f} tokens a step",
+            "shapes in one compiled program": " ".join(f"{rows}x{width}" for rows, width in texts.shapes),
             "seconds to compile": self.compiled,
             "loss of the first step": self.loss,
         }
@@ -150,7 +158,7 @@ class _Theirs:
         from allmrec_jax.torch_baseline.weights import load
 
         self.world, self.config, self.frozen, self.at, self.tokens = world, config, frozen, 0, 0
-        self.drawn = world.batches(config, 1).drawn
+        self.drawn = world.steps(config)
         heads, joint = world.heads, config.joint
         self.f_I = load(AutoEncoder(D, joint), alignment.describe(D, joint), heads["f_I"])
         text = ENCODER.hidden_size
@@ -182,7 +190,7 @@ class _Theirs:
         from allmrec_jax.torch_baseline.alignment import losses, train_batch
 
         for _ in range(steps):
-            drawn, _, _ = self.drawn(self.at)
+            drawn = self.drawn(self.at)
             self.at += 1
 
             def loss_of(rows: slice, drawn=drawn) -> Any:
@@ -222,7 +230,7 @@ def _frozen(world: _World, config: Alignment) -> tuple[Callable[[], float], dict
     terms = align.terms_of(config, None)
     epoch = align_step.make_epoch(optimiser, devices, terms=terms, steps=steps, rows=config.batch)
     Q = np.random.default_rng(SEED).normal(size=(ITEMS + 1, ENCODER.hidden_size)).astype(np.float32)
-    data = mesh.replicated(world.data | {"Q": Q}, devices)
+    data = mesh.replicated(world.data | world.drawing | {"Q": Q}, devices)
     state = create(jax.tree.map(np.asarray, world.heads), optimiser)
     some = np.random.default_rng(SEED).permutation(ITEMS)[:TEXTS]
     seconds: dict[str, float] = {}
@@ -234,7 +242,7 @@ def _frozen(world: _World, config: Alignment) -> tuple[Callable[[], float], dict
         align.encode_items(encoder, encoder.weights, world.tokens[some], world.lengths[some])
         encoded = (time.perf_counter() - start) / len(some) * (ITEMS + 1)
         start = time.perf_counter()
-        state, found = epoch(state, data, world.order, (world.key, world.key))
+        state, found = epoch(state, data, np.arange(USERS, dtype=np.int32), (world.key, world.key))
         jax.block_until_ready(found)
         an_epoch = time.perf_counter() - start
         seconds.update({"seconds to encode all texts": encoded, "seconds an epoch": an_epoch})

@@ -1,6 +1,7 @@
-"""The texts of a batch, sorted by length and cut into groups of a few static shapes, so that little is padding.
+"""The texts of a batch, packed into rows of one width or two, and the rows into groups of a few static shapes.
 
-    lengths 90 40 38 12 11 9 8      shapes (rows x width) 1 x 96, 2 x 40, 4 x 16      groups (90) (40 38) (12 11 9 8)
+    lengths 90 40 38 12 11 9 8     rows of width 96     (90) (40 38 12) (11 9 8)
+                                   groups               2 x 96  (90) (40 38 12)     1 x 96  (11 9 8)
 
 A compiled program has one branch for each shape and runs any number of groups, so that a batch of whatever lengths
 compiles nothing new. The shapes are chosen from the data.
@@ -8,17 +9,23 @@ compiles nothing new. The shapes are chosen from the data.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Integer
 
 Shape = tuple[int, int]  # rows, width in tokens
 
-OVERHEAD = 20  # what one more group costs beside its tokens, in tokens: a pass over the layers' gradients
-COMPILING = 8000  # what one more shape costs, once, in tokens: seconds of compilation
-MOST_SHAPES, MOST_WIDTHS = 16, 24
-MULTIPLE = 4  # widths are multiples of it
+OVERHEAD = 30  # what one more group costs beside its tokens, in tokens: a pass over the layers' gradients
+SIZES = (*range(1, 13), *(base << k for k in range(3, 9) for base in (2, 3)))  # rows that a group may have
+MOST_SIZES = 3  # of the groups of one width
+MOST_TEXTS = 16  # of a row
+SHORT_ROWS = 128  # up to this width rows may be wider than the longest text
+MULTIPLE, MOST_WIDTHS = 4, 24
+ABSENT = np.iinfo(np.int32).max  # where a text starts that is not there
 
 
 def text_widths(lengths: Integer[np.ndarray, " texts"], most: int = MOST_WIDTHS) -> list[int]:
@@ -44,70 +51,78 @@ def text_widths(lengths: Integer[np.ndarray, " texts"], most: int = MOST_WIDTHS)
     return chosen[::-1]
 
 
+def pack(lengths: Integer[np.ndarray, " texts"], widths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Rows, each with its width and its texts: each text, longest first, stands in the first row that has room for it,
+    or opens one of the least width that holds it.
+
+    >>> pack(np.array([9, 90, 12, 40, 38, 8]), [96])
+    [(96, [1]), (96, [3, 4, 2]), (96, [0, 5])]
+    """
+    room, rows = np.zeros(len(lengths), np.int64), []
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        fits = room[: len(rows)] >= lengths[text]
+        row = int(fits.argmax()) if fits.any() else len(rows)
+        if row == len(rows):
+            room[row] = min(width for width in widths if width >= lengths[text])
+            rows.append((int(room[row]), []))
+        rows[row][1].append(text)
+        room[row] = room[row] - lengths[text] if len(rows[row][1]) < MOST_TEXTS else -1
+    return rows
+
+
 def choose_shapes(
-    batches: list[Integer[np.ndarray, " _"]],
-    lengths: Integer[np.ndarray, " all"],
-    most_tokens: int,
-    limit: int,
-    steps: int,
+    batches: list[Integer[np.ndarray, " _"]], longest: int, *, most_tokens: int, span: float, compiling: float
 ) -> tuple[Shape, ...]:
-    """At most `MOST_SHAPES` shapes, by which the groups of `batches` cost least; chosen one after the other, as long as
-    one saves more than its compilation costs.
+    """The shapes with which the groups of `batches`, and compiling them, cost least.
 
     Args:
       batches: the lengths of some batches' texts.
-      lengths: of all texts, the longest of which fits too.
-      most_tokens: of a group of several texts.
-      limit: of a text, in tokens: the encoder's positions.
-      steps: batches there will be.
+      longest: of all texts, in tokens.
+      most_tokens: of a group of several rows.
+      span: the width at which attention costs as much as all the rest of the encoder.
+      compiling: what one more shape costs a batch, in tokens.
     """
-    samples = np.zeros((len(batches), max(map(len, batches))), np.int64)
-    for sample, of_batch in zip(samples, batches, strict=True):
-        sample[: len(of_batch)] = -np.sort(-of_batch)
-    counts = [len(of_batch) for of_batch in batches]
-    widths = sorted({min(width, limit) for width in text_widths(lengths)})
-    rows = sorted({r for base in (1, 3) for k in range(12) if (r := base << k) <= samples.shape[1]})
-    left = [(r, width) for width in widths for r in rows if r == 1 or r * width <= most_tokens]
-    chosen, cost = [(1, widths[-1])], np.inf
-
-    def best_with(others: list[Shape]) -> tuple[float, Shape]:
-        ways = np.array([[*others, shape] for shape in left])
-        costs, _ = _cover(samples, ways[..., 0], ways[..., 1])
-        totals = costs[np.arange(len(counts)), :, counts].sum(axis=0)
-        return float(totals.min()), left[int(totals.argmin())]
-
-    while len(chosen) < MOST_SHAPES:
-        total, shape = best_with(chosen)
-        if (cost - total) / len(batches) * steps < COMPILING:
-            break
-        cost = total
-        chosen.append(shape)
-    for place in range(1, len(chosen)):  # the first ones were chosen without the later ones
-        chosen[place] = best_with(chosen[:place] + chosen[place + 1 :])[1]
-    return tuple(sorted(set(chosen), key=lambda shape: shape[::-1]))
+    wide = -(-longest // 8) * 8
+    ways = [(wide,), *((width,) for width in range(wide + 8, SHORT_ROWS + 1, 8))]
+    ways += [(narrow, wide) for part in (2, 3, 4, 6) if (narrow := wide * part // 64 * 8) > 0]
+    found = []
+    for widths in ways:
+        rows = [[width for width, _ in pack(lengths, widths)] for lengths in batches]
+        cost, shapes = 0.0, []
+        for width in widths:
+            counts = np.array([of_batch.count(width) for of_batch in rows])
+            sizes = [r for r in SIZES if r == 1 or (r <= counts.max() and r * width <= most_tokens)]
+            chosen = [c for k in range(1, MOST_SIZES + 1) for c in itertools.combinations(sizes, k)]
+            filled = np.array([(c * MOST_SIZES)[:MOST_SIZES] for c in chosen])
+            best, _ = _cover(filled, width, int(counts.max()))
+            costs = best[:, counts].mean(axis=1) * (1 + width / span) + compiling * np.array([len(c) for c in chosen])
+            cost += costs.min()
+            shapes += [(r, width) for r in chosen[int(costs.argmin())]]
+        found.append((cost, shapes))
+    return tuple(min(found)[1])
 
 
-def _cover(
-    lengths: Integer[np.ndarray, "batches texts"],
-    rows: Integer[np.ndarray, "ways shapes"],
-    widths: Integer[np.ndarray, "ways shapes"],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The least cost of the first n texts of each batch (longest first) by each way, and the last group's shape.
+def _cover(sizes: Integer[np.ndarray, "ways sizes"], width: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The least cost of 0, 1, ... `most` rows in groups of these sizes, (ways, most + 1); and the size of one group."""
+    every = np.arange(len(sizes))
+    best, one = np.zeros((len(sizes), most + 1)), np.zeros((len(sizes), most + 1), np.int64)
+    for n in range(1, most + 1):
+        costs = best[every[:, None], np.maximum(n - sizes, 0)] + sizes * width + OVERHEAD
+        best[:, n], one[:, n] = costs.min(axis=1), sizes[every, costs.argmin(axis=1)]
+    return best, one
 
-    A group takes as many texts as it can: what covers more texts covers fewer as well.
-    """
-    count = lengths.shape[1]
-    too_long = np.sum(lengths[:, None, None] > widths[None, :, :, None], axis=-1)
-    price = (rows * widths + OVERHEAD)[None]
-    best = np.zeros((len(lengths), len(rows), count + 1))
-    last = np.zeros(best.shape, np.int64)
-    for n in range(1, count + 1):
-        start = np.maximum(n - rows[None], too_long)
-        before = np.take_along_axis(best, np.minimum(start, n - 1), axis=-1)
-        ways = np.where(start < n, before + price, np.inf)
-        last[..., n] = ways.argmin(axis=-1)
-        best[..., n] = np.take_along_axis(ways, last[..., n, None], axis=-1)[..., 0]
-    return best, last
+
+@lru_cache
+def _plans(shapes: tuple[Shape, ...], most: int) -> tuple[dict[int, list[list[int]]], int]:
+    """For each width the sizes of the groups of 0, 1, ... `most` rows; and how many groups there are at most."""
+    plans = {}
+    for width in {width for _, width in shapes}:
+        _, one = _cover(np.array([[r for r, w in shapes if w == width]]), width, most)
+        plans[width] = [[]]
+        for n in range(1, most + 1):
+            size = int(one[0, n])
+            plans[width].append([size, *plans[width][max(0, n - size)]])
+    return plans, sum(max(map(len, of_width)) for of_width in plans.values())
 
 
 @dataclass(frozen=True)
@@ -115,13 +130,15 @@ class Groups:
     """The texts of a step, one device's groups after the other's.
 
     shape: which one each group has, or -1 where there is no group.
-    texts, shares: what stands in its rows, and what weight it has in the loss; 0 in rows that are empty.
+    texts, starts, shares: what stands in its rows, from which place on (`ABSENT` where there is no text), and what
+      weight it has in the loss.
     tokens: (real, computed) of the whole step.
     """
 
     shape: Int32[np.ndarray, " groups"]
-    texts: Int32[np.ndarray, "groups rows"]
-    shares: Float32[np.ndarray, "groups rows"]
+    texts: Int32[np.ndarray, "groups rows texts"]
+    starts: Int32[np.ndarray, "groups rows texts"]
+    shares: Float32[np.ndarray, "groups rows texts"]
     tokens: tuple[int, int]
 
 
@@ -134,30 +151,34 @@ def group(
     most: int,
     devices: int = 1,
 ) -> Groups:
-    """Distinct texts in groups of the least cost; sorted by length they are dealt to devices in turn.
+    """Distinct texts in rows, and these in groups, on each device; sorted by length they are dealt to devices in turn.
 
     Args:
       lengths: in tokens, of all texts there are.
-      most: texts that a device may get; there are as many groups, most of them not used.
+      most: texts that a device may get.
     """
-    rows, widths = np.array(shapes).T[:, None]
-    longest_first = np.argsort(-lengths[texts], kind="stable")
-    shape = np.full((devices, most), -1, np.int32)
-    of_groups = np.zeros((devices, most, int(rows.max())), np.int32)
-    share_of = np.zeros(of_groups.shape, np.float32)
-    for device in range(devices):
-        mine = longest_first[device::devices]
-        _, last = _cover(lengths[texts[mine]][None], rows, widths)
-        n, number = len(mine), 0
-        while n:
-            kind = last[0, 0, n]
-            too_long = np.sum(lengths[texts[mine]] > widths[0, kind])
-            part = mine[max(n - rows[0, kind], too_long) : n]
-            shape[device, number] = kind
-            of_groups[device, number, : len(part)] = texts[part]
-            share_of[device, number, : len(part)] = shares[part]
-            n, number = n - len(part), number + 1
-    used = shape[shape >= 0]
-    tokens = int(lengths[texts].sum()), int((rows * widths)[0, used].sum())
-    flat = devices * most
-    return Groups(shape.reshape(flat), of_groups.reshape(flat, -1), share_of.reshape(flat, -1), tokens)
+    plans, groups = _plans(shapes, most)
+    room = (devices, groups, max(rows for rows, _ in shapes), min(most, MOST_TEXTS))
+    shape = np.full(room[:2], -1, np.int32)
+    placed, starts, share_of = np.zeros(room, np.int32), np.full(room, ABSENT, np.int32), np.zeros(room, np.float32)
+    computed = 0
+    for device, mine in enumerate(deal(lengths[texts], devices)):
+        rows, number = pack(lengths[texts[mine]], sorted(plans)), 0
+        for width, plan in plans.items():
+            of_width = [row for row_width, row in rows if row_width == width]
+            for size in plan[len(of_width)]:
+                shape[device, number] = shapes.index((size, width))
+                computed += size * width
+                for r, row in enumerate(of_width[:size]):
+                    at, chosen = (device, number, r, slice(len(row))), mine[row]
+                    ends = np.cumsum(lengths[texts[chosen]])
+                    placed[at], share_of[at], starts[at] = texts[chosen], shares[chosen], np.append(0, ends[:-1])
+                of_width, number = of_width[size:], number + 1
+    flat = [part.reshape(-1, *part.shape[2:]) for part in (shape, placed, starts, share_of)]
+    return Groups(*flat, (int(lengths[texts].sum()), computed))
+
+
+def deal(lengths: Integer[np.ndarray, " texts"], devices: int) -> list[Int[np.ndarray, " _"]]:
+    """Which texts each device gets: one after the other in turn, the longest first."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    return [longest_first[device::devices] for device in range(devices)]

@@ -51,13 +51,17 @@ def survey(
         fitting = [users for users, (_, fits) in seen.items() if fits]
         return Survey(used, 0.0, max(fitting, default=0), False, seen)
     predicted = target = down((usable - fixed) / slope)
-    for _ in range(MORE):
+    for _ in range(1 + MORE):
         if target < multiple or target in seen:
             break
-        seen[target] = measure(target)
-        if seen[target][1]:
+        seen[target] = used, fits = measure(target)
+        if fits:
             break
-        target = min(target - multiple, down(target * usable / (seen[target][0] or 1.1 * usable)))
+        # Between the largest that fits and this one: along the line through both, or half way.
+        below = max((users for users, (_, fits) in seen.items() if fits), default=0)
+        at_below = fixed if below == 0 else seen[below][0]
+        share = (usable - at_below) / (used - at_below) if used is not None else 0.5
+        target = min(target - multiple, down(below + share * (target - below)))
     largest = max((users for users, (_, fits) in seen.items() if fits), default=0)
     return Survey(fixed, slope, largest, largest == predicted, seen)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,14 @@ from allmrec_jax.models import alignment, params
 from allmrec_jax.models.text_encoder import LoadedEncoder, tokenize
 from allmrec_jax.progress import progress, say
 from allmrec_jax.training import loop, mesh
-from allmrec_jax.training.align_step import Terms, draw, keep_gradients, make_epoch, make_step, spans
+from allmrec_jax.training.align_batches import Steps, TextBatches, in_file_order, most_tokens, shuffled
+from allmrec_jax.training.align_step import Terms, keep_gradients, make_epoch, make_step, spans
 from allmrec_jax.training.cf import CFModel
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.state import State, create
 
 SEED_STREAM = 1
 COLD = 5  # training interactions up to which `mixed` carries an item by its text
-SAMPLES = 32  # steps whose texts decide which shapes are compiled
 TABLES = "tables.npz"
 LABEL = "stage 1: alignment"
 
@@ -55,9 +54,12 @@ class Aligned:
 
 
 def item_texts(dataset: Dataset, template: str) -> list[str]:
-    """The text of each item; missing titles and descriptions become `No Title` and `No Description`."""
+    """The text of each item; what is missing is `No Title` and `No Description`, what is empty stays empty."""
     return [
-        template.format(title=title or "No Title", description=description or "No Description")
+        template.format(
+            title="No Title" if title is None else title,
+            description="No Description" if description is None else description,
+        )
         for title, description in zip(dataset.titles(), dataset.descriptions(), strict=True)
     ]
 
@@ -120,82 +122,70 @@ def train_align(
     tokens, lengths = tokenize(encoder.backend, item_texts(dataset, config.text), encoder.config.max_seq_length)
     dtype = jnp.dtype(mesh.precision(config.dtype))
     users, ends, positives = dataset.examples(config.targets, single=config.single_items)
-    steps = spans(len(users), config.batch, config.chunk)
     rows = min(config.batch, config.chunk or config.batch)
     devices = mesh.data_devices(rows, devices)
-    terms, optimiser = terms_of(config, cf), make_optimiser(config, steps)
+    of_steps = spans(len(users), config.batch, config.chunk)
+    terms, optimiser = terms_of(config, cf), make_optimiser(config, of_steps)
 
-    d, text_width = cf.E.shape[1], encoder.config.hidden_size
     trained = {
-        "f_I": params.init(init_I, alignment.describe(d, config.joint)),
-        "f_T": params.init(init_T, alignment.describe(text_width, config.joint)),
+        "f_I": params.init(init_I, alignment.describe(cf.E.shape[1], config.joint)),
+        "f_T": params.init(init_T, alignment.describe(encoder.config.hidden_size, config.joint)),
     }
     if config.train_encoder:
-        trained["encoder"] = jax.tree.map(np.asarray, encoder.weights)  # a copy: steps take their state's buffers
+        trained["encoder"] = jax.tree.map(np.asarray, encoder.weights)  # on the host: steps take their state's buffers
     state = create(trained, optimiser)
 
     drawing = {
-        "users": jnp.asarray(users, jnp.int32),
-        "positives": jnp.asarray(positives),
+        "users": users.astype(np.int32),
+        "positives": positives,
         "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
     }
+    order = shuffled(order_key, len(users)) if config.order == "shuffled" else in_file_order(len(users))
+    steps = Steps(of_steps, rows, drawing, order, negative_key)
     windows = dataset.windows(ends, cf.config.maxlen, users)
     # Host copies: cf's arrays may be committed to one device (restored) or to others than this stage uses.
-    data = drawing | {"E": np.asarray(cf.E)}
+    data = {"E": np.asarray(cf.E), "users": drawing["users"]}
     if terms.cf is None:
         data["x_u"] = cf.x_u(windows, users)
     else:
         data |= {"cf": jax.tree.map(np.asarray, cf.params), "windows": windows}
 
-    order_of = lru_cache(1)(
-        lambda epoch: np.asarray(
-            np.arange(len(users), dtype=np.int32)
-            if config.order == "file"
-            else batches.epoch_order(order_key, epoch, len(users))
-        )
-    )
+    def Q_of(weights: Any) -> np.ndarray:
+        return encode_items(encoder, weights, tokens, lengths, dtype=dtype, console=console)
+
+    given_Q = functools.cache(lambda: Q_of(encoder.weights))
 
     @functools.cache
-    def given_Q() -> np.ndarray:
-        return encode_items(encoder, encoder.weights, tokens, lengths, dtype=dtype, console=console)
+    def placed() -> Any:
+        more = {"tokens": tokens, "lengths": lengths} if config.train_encoder else drawing | {"Q": given_Q()}
+        return data | more if how == "pmap" else mesh.replicated(data | more, devices)
 
+    texts = None
     if config.train_encoder:
-        data |= {"tokens": tokens, "lengths": lengths}
-        trainer = TextBatches(terms.both, steps, rows, lengths, len(devices), drawing, order_of, negative_key)
-        shapes = trainer.shapes(tokens.shape[1], config.epochs)
-        made = make_step(
-            encoder.graph,
-            optimiser,
-            devices,
-            terms=terms,
-            shapes=shapes,
-            dropout=config.encoder_dropout,
-            dtype=dtype,
-            how=how,
+        texts = TextBatches(
+            steps,
+            lengths,
+            both=terms.both,
+            devices=len(devices),
+            training=len(of_steps) * config.epochs,
+            width=encoder.config.hidden_size,
+            group_tokens=config.group_tokens,
         )
-        placed = functools.cache(lambda: data if how == "pmap" else mesh.replicated(data, devices))
-
-        def one_step(state: State, i: int):
-            return made(state, placed(), trainer.batch(i, shapes), dropout_key)
-
-        run = {"steps": len(steps) * config.epochs, "items_per_step": len(users) / len(steps), "log_every": 10}
-        run["save_every"] = len(steps) * config.save_every
+        options = {"dropout": config.encoder_dropout, "dtype": dtype, "remat": config.remat}
+        step = make_step(encoder.graph, optimiser, devices, terms=terms, shapes=texts.shapes, how=how, **options)
+        one_step, run = _with_encoder(step, texts, placed, dropout_key, config)
     else:
-        made = make_epoch(optimiser, devices, terms=terms, steps=steps, rows=rows, how=how)
-        placed = functools.cache(
-            lambda: (data if how == "pmap" else mesh.replicated(data, devices)) | {"Q": jnp.asarray(given_Q())}
-        )
+        epoch = make_epoch(optimiser, devices, terms=terms, steps=of_steps, rows=rows, how=how)
+        one_step, run = _frozen(epoch, steps, placed, (negative_key, dropout_key), config)
 
-        def one_step(state: State, i: int):
-            return made(state, placed(), order_of(i), (negative_key, dropout_key))
-
-        run = {"steps": config.epochs, "items_per_step": len(users), "log_every": 1, "save_every": config.save_every}
-        run["step_name"] = "epoch"
+    def one_step_without_tables(state: State, i: int) -> tuple[State, Any]:
+        (folder / TABLES).unlink(missing_ok=True)  # those of earlier parameters, if there are any
+        return one_step(state, i)
 
     checkpoints = Checkpoints(folder)
     try:
         state, curves = loop.run(
-            one_step,
+            one_step_without_tables,
             state,
             checkpoints=checkpoints,
             label=LABEL,
@@ -206,75 +196,42 @@ def train_align(
         )
     finally:
         checkpoints.close()
-    if config.train_encoder and trainer.computed:
-        say(
-            console,
-            f"{LABEL}: {1 - trainer.real / trainer.computed:.1%} of the encoder's tokens were padding; "
-            f"{len(shapes)} text shapes in one compiled program; {trainer.distinct / trainer.entries:.0%} of the texts "
-            "of a batch were distinct and were encoded",
-        )
+    if texts is not None and texts.made:
+        say(console, f"{LABEL}: {texts.said()}")
     tables = _read_tables(folder, dataset.n_items, config.joint)
     if tables is None:
-        weights = state.params.get("encoder")
-        Q = given_Q() if weights is None else encode_items(encoder, weights, tokens, lengths, dtype=dtype)
+        Q = given_Q() if texts is None else Q_of(_one_copy(state.params["encoder"]))
         tables = make_tables(state.params, cf.E, Q, dataset.train_counts())
         with write_atomically(folder / TABLES) as file:
             np.savez(file, **tables)
     return Aligned(**tables, parameters=state.params), curves
 
 
-class TextBatches:
-    """The batches of a stage that trains the encoder, their texts in groups; and counts of what was made of them.
-
-    Args:
-      both: whether the negatives' texts are needed, too.
-      steps, rows: `align_step.spans` of an epoch, and the most users of a step.
-      lengths: of all texts, in tokens.
-      drawing: what `align_step.draw` reads, with `key`; order_of: epoch -> order of the users.
-    """
-
-    def __init__(
-        self,
-        both: bool,
-        steps: np.ndarray,
-        rows: int,
-        lengths: Int[np.ndarray, " texts"],
-        devices: int,
-        drawing: Any,
-        order_of: Callable[[int], np.ndarray],
-        key: Key[Array, ""],
-    ):
-        self.both, self.steps, self.lengths, self.devices, self._order_of = both, steps, lengths, devices, order_of
-        self.most = math.ceil(rows * (1 + both) / devices)
-        self._draw = jax.jit(lambda order, span, i: draw(drawing, order, span, jnp.arange(rows), i, key))
-        self.real = self.computed = self.distinct = self.entries = 0
-
-    def drawn(self, i: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """The rows of step i, its distinct items, and how often each stands in it."""
-        epoch, at = divmod(i, len(self.steps))
-        drawn = jax.device_get(self._draw(self._order_of(epoch), self.steps[at], i))
-        items = [drawn["positive"], drawn["negative"]] if self.both else [drawn["positive"]]
-        return drawn, *np.unique(np.concatenate([part[drawn["real"]] for part in items]), return_counts=True)
-
-    def shapes(self, limit: int, epochs: int) -> tuple[text_groups.Shape, ...]:
-        """The shapes that suit steps spread over the first epoch; texts have at most `limit` tokens."""
-        some = np.unique(np.linspace(0, len(self.steps) - 1, SAMPLES).astype(int))
-        samples = [np.sort(self.lengths[self.drawn(int(i))[1]])[:: self.devices] for i in some]
-        return text_groups.choose_shapes(samples, self.lengths, most_tokens(), limit, epochs * len(self.steps))
-
-    def batch(self, i: int, shapes: tuple[text_groups.Shape, ...]) -> dict[str, np.ndarray]:
-        """What `align_step.make_step` reads."""
-        drawn, texts, counts = self.drawn(i)
-        shares = (counts / drawn["real"].sum()).astype(np.float32)
-        groups = text_groups.group(texts, shares, self.lengths, shapes, most=self.most, devices=self.devices)
-        self.real, self.computed = self.real + groups.tokens[0], self.computed + groups.tokens[1]
-        self.distinct, self.entries = self.distinct + len(texts), self.entries + int(counts.sum())
-        return drawn | {"shape": groups.shape, "texts": groups.texts, "shares": groups.shares}
+Step = Callable[[State, int], tuple[State, Any]]
 
 
-def most_tokens() -> int:
-    """Of a group of texts: what a CPU's caches hold, or what keeps an accelerator busy."""
-    return 1024 if jax.default_backend() == "cpu" else 16384
+def _with_encoder(
+    step: Any, texts: TextBatches, placed: Callable[[], Any], key: Key[Array, ""], config: Alignment
+) -> tuple[Step, dict[str, Any]]:
+    """The loop's step, one of the optimiser; and the loop's options."""
+    an_epoch, users = texts.steps.spans.shape[0], texts.steps.spans[-1, 1]
+    run = {"steps": an_epoch * config.epochs, "items_per_step": float(users / an_epoch)}
+    run |= {"log_every": 10, "save_every": an_epoch * config.save_every}
+    return lambda state, i: step(state, placed(), texts(i), key), run
+
+
+def _frozen(
+    epoch: Any, steps: Steps, placed: Callable[[], Any], keys: tuple[Key[Array, ""], Key[Array, ""]], config: Alignment
+) -> tuple[Step, dict[str, Any]]:
+    """The loop's step, an epoch; and the loop's options."""
+    run = {"steps": config.epochs, "items_per_step": float(steps.spans[-1, 1])}
+    run |= {"log_every": 1, "save_every": config.save_every, "step_name": "epoch"}
+    return lambda state, i: epoch(state, placed(), steps.order(i), keys), run
+
+
+def _one_copy(tree: Any) -> Any:
+    """Of arrays that every device has, those of the first: what is done with them, one device does."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def make_tables(
@@ -313,20 +270,16 @@ def encode_items(
     """Q of every text, without dropout, in batches of texts of like lengths so that little is padding."""
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), weights)
     out = np.zeros((len(tokens), encoder.config.hidden_size), np.float32)
-    longest = tokens.shape[1]
     done, shorter = 0, 0
     with progress("texts", len(tokens), unit="texts", console=console or Console(quiet=True)) as bar:
         for width in text_groups.text_widths(lengths, most=10):
             texts = np.flatnonzero((lengths > shorter) & (lengths <= width))
-            shorter, rows = width, max(1, most_tokens() // width)
+            shorter, rows, columns = width, max(1, most_tokens() // width), min(width, tokens.shape[1])
             for start in range(0, len(texts), rows):
                 chosen = texts[start : start + rows]
-                text, mask = (
-                    np.zeros((rows, min(width, longest)), np.int32),
-                    np.zeros((rows, min(width, longest)), bool),
-                )
+                text, mask = np.zeros((rows, columns), np.int32), np.zeros((rows, columns), bool)
                 text[: len(chosen)] = tokens[chosen, :width]
-                mask[: len(chosen)] = np.arange(mask.shape[1])[None] < lengths[chosen][:, None]
+                mask[: len(chosen)] = np.arange(columns)[None] < lengths[chosen][:, None]
                 out[chosen] = np.asarray(_forward(encoder.graph, weights, text, mask))[: len(chosen)]
                 done += len(chosen)
                 bar.update(done)

@@ -5,7 +5,7 @@ L_match, L_item and L_text are sums over items, L_rec is one over users and read
     L = sum_i share_i (match_i + alpha item_i + beta text_i) + mean_u rec_u
 
 where share_i is how often item i stands as a positive (and, with `items="both"`, as a negative) over the number of
-users. So each distinct item is encoded once, and the texts' gradients may be summed in groups of any sizes.
+users. So each distinct item is encoded once, and the texts' gradients may be summed in groups of any shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax import nnx
 
 from allmrec_jax.data import batches
 from allmrec_jax.data.text_groups import Shape
-from allmrec_jax.models import alignment, collaborative
+from allmrec_jax.models import alignment, bert, collaborative
 from allmrec_jax.training import mesh
 from allmrec_jax.training.state import State, update
 
@@ -110,50 +110,54 @@ def make_step(
     shapes: tuple[Shape, ...],
     dropout: bool = True,
     dtype: Any = jnp.float32,
+    remat: bool = False,
     how: mesh.Mapping = "shard_map",
 ):
     """The mapped step `(state, data, batch, key) -> (state, losses)` that trains f_I, f_T and the encoder.
 
-    `data` is replicated: E, tokens, lengths, and what `Terms.of_users` reads. `batch` is cut over devices: what `draw`
-    gives, and the distinct items as `text_groups.Groups` (`shape`, `texts`, `shares`). Each device goes through its
-    own groups, whatever their number, with one branch for each shape; gradients are added up and meet at the end.
+    `data` is replicated: E, tokens, lengths, and what `Terms.of_users` reads. `batch` is cut over devices: what
+    `align_batches.with_texts` gives. Each device goes through its own groups, whatever their number, with one branch
+    for each shape; gradients are added up and meet at the end.
     """
 
     def step(state: State, data: Any, batch: Any, key: jax.Array):
         heads = {name: state.params[name] for name in ("f_I", "f_T")}
         weights = state.params["encoder"]["weights"]
         word = weights["embeddings"]["word"]
+        rest = jax.tree.map(lambda leaf: leaf.astype(dtype), _without_word(weights))
 
         def branch(rows: int, width: int):
-            def add(sums: Any, texts: jax.Array, shares: jax.Array):
-                texts, shares = texts[:rows], shares[:rows]
-                tokens = data["tokens"][texts, :width]
-                mask = jnp.arange(width)[None] < data["lengths"][texts][:, None]
-                keys = batches.dropout_keys(key, state.step, texts) if dropout else None
+            def add(sums: Any, *group: jax.Array):
+                texts, starts, shares = (part[:rows] for part in group)
+                lengths = jnp.where(starts < width, data["lengths"][texts], 0)
+                of_row, position, _ = bert.layout(starts, lengths, width)
+                tokens = data["tokens"][jnp.take_along_axis(texts, of_row, axis=1), position]
+                texts, shares = texts.ravel(), shares.ravel()
+                keys = batches.dropout_keys(key, state.step, texts).reshape(starts.shape) if dropout else None
 
                 def loss(heads: Any, rest: Any, words: jax.Array):
                     # The rows of the word table that this group reads stand for the whole of it, so that its gradient
                     # is one scatter into the sum, not a table for each group.
                     weights = {**rest, "embeddings": {**rest["embeddings"], "word": words}}
-                    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
                     own = jnp.arange(rows * width).reshape(rows, width)
-                    Q = nnx.merge(graph, {"weights": weights})(own, mask, keys).astype(jnp.float32)
-                    return terms.of_items(heads, data["E"][texts], Q, shares)
+                    Q = nnx.merge(graph, {"weights": weights}).packed(own, starts, lengths, keys, remat=remat)
+                    return terms.of_items(heads, data["E"][texts], Q.reshape(len(texts), -1), shares)
 
-                arguments = heads, _without_word(weights), word[tokens.ravel()]
+                arguments = heads, rest, word[tokens.ravel()].astype(dtype)
                 (_, values), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arguments)
-                (heads_sum, rest_sum, word_sum), values_sum = sums
-                of_heads, of_rest, of_words = gradients
-                added = jax.tree.map(jnp.add, (heads_sum, rest_sum), (of_heads, of_rest))
-                word_sum = word_sum.at[tokens.ravel()].add(of_words)
-                return (*added, word_sum), jax.tree.map(jnp.add, values_sum, values)
+                (*of_weights, word_sum), values_sum = sums
+                *more, of_words = gradients
+                of_weights = jax.tree.map(lambda a, b: a + b.astype(a.dtype), of_weights, more)
+                word_sum = word_sum.at[tokens.ravel()].add(of_words.astype(word_sum.dtype))
+                return (*of_weights, word_sum), jax.tree.map(jnp.add, values_sum, values)
 
             return add
 
         branches = [branch(*shape) for shape in shapes]
 
         def one_group(g: jax.Array, sums: Any):
-            return jax.lax.switch(batch["shape"][g], branches, sums, batch["texts"][g], batch["shares"][g])
+            group = (batch[name][g] for name in ("texts", "starts", "shares"))
+            return jax.lax.switch(batch["shape"][g], branches, sums, *group)
 
         zeros = jax.tree.map(jnp.zeros_like, (heads, _without_word(weights), word))
         none = {name: jnp.float32(0) for name in ("match", "item", "text")}
