@@ -2,8 +2,8 @@
 
     allmrec train cf --config beauty --workdir runs/beauty
 
-Hardware: stage 0 needs 2 CPU cores, the later stages a GPU for OPT-6.7B. Time and expected metrics: docs/results.md. The
-two files are fetched by hand: `allmrec data list` says where from. Other models: --cf.model gru4rec, --cf.model
+Hardware: stage 0 needs 2 CPU cores, the later stages a GPU for OPT-6.7B. Time and expected metrics: docs/results.md.
+The two files are fetched by hand: `allmrec data list` says where from. Other models: --cf.model gru4rec, --cf.model
 nextitnet. With a small LLM: --llm.llm smollm2-135m-instruct --llm.logit_rows None.
 """
 

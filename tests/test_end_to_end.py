@@ -234,7 +234,7 @@ TRAIN = ["train", "cf", "--config", "demo", "--workdir", "x"]
 MISTAKES = {
     "unknown data set": (["data", "prepare", "ml-100", "--out", "x"], "ml-100k"),
     "not a prepared data set": (["data", "describe", "nowhere"], "nowhere"),
-    "unknown config": (["run", "--config", "demoo", "--workdir", "x"], "beauty, beauty_best, demo, ml100k"),
+    "unknown config": (["run", "--config", "demoo", "--workdir", "x"], "one of: beauty, beauty_best,"),
     "unknown field": (["run", "--config", "demo", "--workdir", "x", "--cf.epohs", "3"], "--cf.epochs"),
     "no value": ([*TRAIN, "--cf.width"], "--cf.width needs a value: a whole number"),
     "value of another type": ([*TRAIN, "--cf.width", "abc"], "--cf.width: 'abc' is not a whole number"),
@@ -250,7 +250,7 @@ MISTAKES = {
     ),
     "unknown LLM": (
         ["train", "llm", *TRAIN[2:], "--llm.llm", "all-minilm-l6-v2"],
-        "there is no LLM called 'all-minilm-l6-v2': known are smollm2-135m-instruct; or give a folder",
+        "there is no LLM called 'all-minilm-l6-v2': known are smollm2-135m-instruct, ",
     ),
     "no stage": (["train", "--config", "demo", "--workdir", "x"], "required: stage; `allmrec train --help`"),
     "value out of range": (["run", "--config", "demo", "--workdir", "x", "--cf.dropout", "1.5"], "cf.dropout"),

@@ -151,8 +151,8 @@ class Tiers:
             part = pack(
                 [prompts[i] for i in chosen],
                 [answers[i] for i in chosen],
-                rows=[rows[i] for i in chosen],
-                targets=[targets[i] for i in chosen],
+                rows=np.asarray(rows)[chosen],
+                targets=np.asarray(targets)[chosen],
                 batch=self.rows,
                 tier=1 if time else TIER,
                 least=self.room._replace(time=time),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from allmrec_jax.config import Experiment
 from allmrec_jax.errors import UserError
@@ -132,12 +134,26 @@ def plan(
     users = pass_of(experiment, programs.mesh.shape["data"], hardware.platform)
     found = Plan(experiment, hardware, programs, users)
     if hardware.devices:
-        _compile(found, largest, report)
+        with _compiled_anew() if hardware.platform == "tpu" else contextlib.nullcontext():
+            _compile(found, largest, report)
     else:
         _estimate(found)
     if not found.fits:
         found.advice = advice(found)
     return found
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Without the cache of compiled programs: JAX cannot read an entry for chips that are not there."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is asked once otherwise
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _estimate(found: Plan) -> None:
