@@ -171,6 +171,15 @@ class Injection:
     """Take white space behind an O_i away, as the public code's tokenizer did."""
     logit_rows: int | None = None
     """Predict tokens among the vocabulary's first rows alone; the public code cuts OPT's 50,272 to 50,269."""
+    item_vectors: Literal["e", "E", "random", "none"] = "e"
+    """What F_I reads of each item: stage 1's e (paper); E of the CF model itself, the paper's baseline MLP-LLM; a
+    random vector that stays as it is; or nothing: no O_i in the prompt (ablations)."""
+    item_place: Literal["after", "before"] = "after"
+    """Of O_i: right behind its quoted title (paper), or right in front of it."""
+    user_vector: bool = True
+    """Whether O_u, with its sentence, is in the prompt (False: ablation)."""
+    user_place: Literal["first", "last"] = "first"
+    """Of O_u: at the very front (paper), or at the very end, in front of the answer, and then without its sentence."""
     targets: Literal["last", "all"] = "last"
     """Of each user: the last training item (paper), or each one that has another before it (the paper's A-LLMRec_all,
     with `align.targets all`)."""
@@ -213,6 +222,11 @@ class Injection:
     from its input (a third more time)."""
     save_every: int = 25
     """Steps between checkpoints."""
+
+    @property
+    def model(self) -> str:
+        """What metrics.json calls the LLM with these vectors."""
+        return "mlp-llm" if self.item_vectors == "E" else "a-llmrec"
 
     def as_public_code(self) -> Injection:
         """The same with every field that the public code decides otherwise than the paper.
@@ -386,6 +400,11 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ),
         ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
+        (
+            "llm.user_vector",
+            values["llm.user_vector"] or values["llm.item_vectors"] != "none",
+            "True with llm.item_vectors none, or there is nothing to train",
+        ),
         (
             "llm.micro",
             values["llm.micro"] is None or (values["llm.micro"] >= 1 and not values["llm.batch"] % values["llm.micro"]),

@@ -35,7 +35,7 @@ from allmrec_jax.training import brought, mesh
 from allmrec_jax.training.align import Aligned, train_align
 from allmrec_jax.training.cf import CFModel, train_cf
 from allmrec_jax.training.checkpoint import Curves, claim_folder, write_json
-from allmrec_jax.training.inject import train_llm
+from allmrec_jax.training.inject import item_table, train_llm
 
 
 def _weights_folder(name: str, console: Console) -> Path:
@@ -180,8 +180,14 @@ class Pipeline:
         return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh, rules=rules)
 
     @functools.cached_property
+    def item_table(self) -> np.ndarray:
+        """What F_I reads of each item: e, or what `llm.item_vectors` puts in its place."""
+        x = self.experiment
+        return item_table(x.llm, self.cf, lambda: self.aligned.e, width=x.align.joint, seed=x.seed)
+
+    @functools.cached_property
     def _heads(self) -> tuple[dict[str, Any], Curves]:
-        cf, e = self.cf, self.aligned.e
+        cf, e = self.cf, self.item_table
         config, folder = self.experiment.llm, self._open("llm")
         return self._timed("llm", train_llm, config, self.dataset, cf, e, self.llm, folder, mesh=self.mesh)
 
@@ -207,7 +213,7 @@ class Pipeline:
             self.llm,
             heads,
             builder=self.builder(inject=heads is not None),
-            e=self.aligned.e if e is None else e,
+            e=self.item_table if e is None else e,
             mesh=self.mesh,
             candidates=candidates,
             normalise=config.score == "mean",

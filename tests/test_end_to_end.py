@@ -206,6 +206,22 @@ def test_an_interrupted_evaluation_goes_on(done, inputs, tmp_path):
     assert figures(work) == figures(done)
 
 
+def test_the_paper_s_baseline_has_its_own_name(done, inputs, tmp_path, capsys):
+    """MLP-LLM: stages 0 and 1 are read, stage 2 is trained on E; O_u and O_i stand elsewhere."""
+    work = tmp_path / "work"
+    shutil.copytree(done, work, ignore=shutil.ignore_patterns("llm", "evaluation", "metrics.json"))
+    options = ["--llm.item-vectors", "E", "--llm.item-place", "before", "--llm.user-place", "last"]
+    assert cli.main([*inputs, *options, "--workdir", str(work)]) == 0
+    assert "MLP-LLM" in capsys.readouterr().out
+    results, before = (json.loads((folder / "metrics.json").read_text()) for folder in (work, done))
+    assert set(results["scenarios"]["overall"]) == MODELS - {"a-llmrec"} | {"mlp-llm"}
+    assert set(results["differences"]["overall"]) == {"mlp-llm", "fused"}
+    assert "A-LLMRec" not in results["conclusion"]
+    for name in ("cf", "popularity", "llm-only"):
+        assert results["scenarios"]["overall"][name] == before["scenarios"]["overall"][name]
+    assert cli.main(["recommend", "--workdir", str(work), "--user", "1"]) == 0
+
+
 def test_another_config_in_the_same_work_directory_is_refused(done, inputs, capsys):
     assert cli.main([*inputs, "--workdir", str(done), "--llm.learning-rate", "0.5"]) == 1
     said = capsys.readouterr().err

@@ -15,7 +15,7 @@ from rich.console import Console
 from allmrec_jax.config import Injection
 from allmrec_jax.data import packing
 from allmrec_jax.data.packing import pack
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, template_of
 from allmrec_jax.errors import UserError
 from allmrec_jax.models import projection
 from allmrec_jax.training import inject, inject_step
@@ -29,8 +29,9 @@ TITLES = [None, *(f"Film {item}" for item in range(1, tiny.N_ITEMS + 1))]
 HISTORIES, CANDIDATES, TARGETS = [[1, 2], [3], [4, 5], []], [[6, 7], [8, 9], [10, 11], [12, 13]], [6, 9, 10, 13]
 
 
-def make_batch(llm, users: int = USERS, batch: int = USERS) -> dict[str, np.ndarray]:
-    builder = PromptBuilder(llm.tokenizer, TITLES, DOMAINS["movies"], context=512)
+def make_batch(llm, users: int = USERS, batch: int = USERS, **options) -> dict[str, np.ndarray]:
+    template = template_of(Injection(domain="movies", **options))
+    builder = PromptBuilder(llm.tokenizer, TITLES, template, context=512)
     prompts = builder.prompts(HISTORIES[:users], CANDIDATES[:users])
     answers = [[answer] for answer in builder.answers(TARGETS[:users])]
     return pack(prompts, answers, rows=list(range(users)), batch=batch)
@@ -107,6 +108,40 @@ def test_without_heads_the_prompt_stays_as_it_is(llm, batch, sgd):
         "slot_items": batch["slots"],
     }
     np.testing.assert_array_equal(read(batch), read(elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("absent", "options"), [("F_U", {"user_vector": False}), ("F_I", {"item_vectors": "none"}), (None, {})]
+)
+def test_what_the_config_leaves_out_does_not_enter(llm, sgd, absent, options):
+    """Neither value nor gradient: the loss does not see x_u without O_u, nor e without O_i."""
+    _, state, frozen = sgd
+    packed = make_batch(llm, user_place="last", item_place="before", **options)
+    loss = jax.jit(jax.value_and_grad(lambda h, f, b: inject_step.losses(h, llm.graph, f, b, Injection(**options))[0]))
+    value, gradients = loss(state.params, frozen, packed)
+    for head, table in (("F_U", "x_u"), ("F_I", "e")):
+        sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[head])]
+        moved = loss(state.params, frozen | {table: frozen[table][::-1] * 2}, packed)[0]
+        if head == absent:
+            assert max(sizes) == 0
+            assert moved == value
+        else:
+            assert min(sizes) > 0
+            assert moved != value
+
+
+def test_what_f_i_reads():
+    cf, never = tiny.cf_model(), pytest.fail
+
+    def table(vectors: str, seed: int = 0, e=lambda: never("stage 1 is not needed")) -> np.ndarray:
+        return inject.item_table(Injection(item_vectors=vectors), cf, e, width=6, seed=seed)
+
+    np.testing.assert_array_equal(table("e", e=lambda: E), E)
+    np.testing.assert_array_equal(table("E"), cf.E)
+    np.testing.assert_array_equal(table("random"), table("random"))
+    assert table("random").shape == E.shape
+    assert (table("random") != table("random", seed=1)).all()
+    assert len(np.unique(table("random"))) == E.size
 
 
 # ------------------------------------------------------------------------------------------------------------- loss

@@ -17,7 +17,7 @@ from parity import assert_trees_close, gradients_of, load, randomised, weights_o
 
 from allmrec_jax.config import Injection  # noqa: E402
 from allmrec_jax.data.packing import pack  # noqa: E402
-from allmrec_jax.data.prompts import DOMAINS, PromptBuilder  # noqa: E402
+from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, template_of  # noqa: E402
 from allmrec_jax.evaluation.rank import make_ranker  # noqa: E402
 from allmrec_jax.models import projection  # noqa: E402
 from allmrec_jax.models.llm import llama  # noqa: E402
@@ -145,6 +145,37 @@ def test_stage_2_loss_and_gradients_are_equal(stage_2):
         gradients["F_I"], gradients_of(baseline.item_proj, projection.describe(JOINT, llm.width)), atol=1e-5
     )
     assert all(p.grad is None for p in baseline.llm.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"user_vector": False}, {"item_place": "before"}, {"item_place": "before", "user_place": "last"}],
+    ids=str,
+)
+def test_mlp_llm_s_loss_and_gradients_are_equal_wherever_its_vectors_stand(stage_2, options):
+    """The paper's baseline: F_I reads E itself."""
+    llm, heads, _, with_slots, histories, candidates, x_u, _ = stage_2
+    config, E = Injection(item_vectors="E", **options), np.asarray(tiny.cf_model().E)
+    heads = heads | {"F_I": randomised(jax.random.key(5), projection.describe(D, llm.width))}
+    baseline = Injector(in_transformers(tiny.LLAMA, llm.weights["weights"], "eager"), D, D)
+    sides = {"F_U": baseline.log_proj, "F_I": baseline.item_proj}
+    for name, module in sides.items():
+        load(module, projection.describe(D, llm.width), heads[name])
+    builder = PromptBuilder(llm.tokenizer, with_slots.titles, template_of(config), context=512)
+    prompts, answers = builder.prompts(histories, candidates), builder.answers(candidates[:, 1].tolist())
+    packed = pack(prompts, [[answer] for answer in answers], rows=range(USERS))
+    frozen = {"llm": llm.weights, "x_u": jnp.asarray(x_u), "e": jnp.asarray(E)}
+    value, gradients = jax.jit(jax.value_and_grad(lambda h, f, b: inject_step.losses(h, llm.graph, f, b, config)[0]))(
+        heads, frozen, packed
+    )
+    expected = baseline(prompts, answers, torch.tensor(x_u), torch.tensor(E))
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    for name, module in sides.items():
+        if name == "F_U" and not config.user_vector:
+            assert not any(p.grad is not None and p.grad.any() for p in module.parameters())
+            continue
+        assert_trees_close(gradients[name], gradients_of(module, projection.describe(D, llm.width)), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=["one device", "2x2 mesh"])

@@ -263,6 +263,55 @@ def test_the_public_code_s_prompt_id_by_id(opt):
     )
 
 
+PLACES = {
+    "as the paper": (
+        {},
+        '[O_u] </s> Ġis Ġa Ġuser . ĠThey Ġbought Ġ" Up " [O_1] ," Big " [O_3] Ġof Ġ" Heat " [O_2] : Ġ',
+    ),
+    "items before": (
+        {"item_place": "before"},
+        '[O_u] </s> Ġis Ġa Ġuser . ĠThey Ġbought Ġ [O_1] " Up ", [O_3] " Big " Ġof Ġ [O_2] " Heat ": Ġ',
+    ),
+    "user last": (
+        {"user_place": "last"},
+        '</s> They Ġbought Ġ" Up " [O_1] ," Big " [O_3] Ġof Ġ" Heat " [O_2] : Ġ [O_u]',
+    ),
+    "both": (
+        {"item_place": "before", "user_place": "last"},
+        '</s> They Ġbought Ġ [O_1] " Up ", [O_3] " Big " Ġof Ġ [O_2] " Heat ": Ġ [O_u]',
+    ),
+    "without O_u": (
+        {"user_vector": False},
+        '</s> They Ġbought Ġ" Up " [O_1] ," Big " [O_3] Ġof Ġ" Heat " [O_2] : Ġ',
+    ),
+    "without O_i": (
+        {"item_vectors": "none", "item_place": "before"},
+        '[O_u] </s> Ġis Ġa Ġuser . ĠThey Ġbought Ġ" Up "," Big " Ġof Ġ" Heat ": Ġ',
+    ),
+    "stripped": (
+        {"strip_around_special": True, "item_place": "before"},
+        '[O_u] </s> Ġis Ġa Ġuser . ĠThey Ġbought Ġ [O_1] " Up ", [O_3] " Big " Ġof Ġ [O_2] " Heat ": Ġ',
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "golden"), PLACES.values(), ids=PLACES.keys())
+def test_where_the_vectors_stand(opt, options, golden):
+    config = Injection(
+        user_sentence=" is a user. ", sentence="They {done} {history} of {candidates}: ", domain="shopping", **options
+    )
+    builder = PromptBuilder(opt, [None, "Up", "Heat", "Big"], template_of(config), context=2048)
+    [prompt] = builder.prompts([[1, 3]], [[2]])
+    names = _strings(opt, prompt.tokens, [], prompt.user_slot)
+    for slot, item in zip(prompt.slots, prompt.slot_items, strict=True):
+        names[slot] = f"[O_{item}]"
+    assert " ".join(names) == golden
+    if prompt.user_slot is not None:  # the answer begins right behind O_u where that stands last
+        out = pack([prompt], [builder.answers([2])], rows=[0])
+        assert out["user_slot"].tolist() == [prompt.user_slot]
+        assert out["answer_at"][0, 0] == len(prompt.tokens) - 1
+
+
 def test_templates_are_data(opt):
     plain = Injection(domain="none", user_sentence=" who is a user representation.")
     builder = PromptBuilder(opt, TITLES, template_of(plain), context=2048)

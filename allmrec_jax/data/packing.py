@@ -7,7 +7,8 @@ One row holds one prompt and any number of *answers*, each a branch that continu
     branch    0   0  0  0   0    0    0    0    0         0    0       0   0 | 1 1 1 1 | 2 2 2 2
     slots     ^ user_slot        ^ slots   ^ slots             ^ slots
 
-The last prompt token predicts the first token of every answer; a branch's last token predicts the end token.
+(`prompts.Template` says where O_u and O_i stand; here as in the paper). The last prompt token predicts the first token
+of every answer; a branch's last token predicts the end token.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer
@@ -21,8 +22,13 @@ PLACEHOLDER = 0  # token id that stands in a slot; its embedding is replaced
 class Template:
     """The sentence, with the words of one domain. `{history}` and `{candidates}` are lists of quoted titles.
 
-    user: what follows O_u; not in the prompt of the LLM alone.
-    strip: take white space beside an O_i away, as the public code's tokenizer did.
+        user  item
+        first after    O_u is a user representation. This user has watched "T1" O_1 ,"T2" O_2 in the ... is
+        last  before   This user has watched  O_1 "T1", O_2 "T2" in the ... The recommendation is  O_u
+
+    user: what follows O_u at the front; not in a prompt without it, or with O_u at the end.
+    strip: take white space behind an O_i away, as the public code's tokenizer did.
+    user_place, item_place: of O_u and of each O_i beside its title; None: not in the prompt.
     """
 
     done: str = "bought"
@@ -34,6 +40,8 @@ class Template:
         "from the following {noun} title set, {candidates}. The recommendation is "
     )
     strip: bool = False
+    user_place: Literal["first", "last"] | None = "first"
+    item_place: Literal["after", "before"] | None = "after"
 
 
 DOMAINS = {
@@ -58,12 +66,19 @@ def template_of(config: Injection) -> Template:
         )
     if fields.index("history") > fields.index("candidates"):
         raise UserError("llm.sentence must hold {history} before {candidates}")
-    return replace(DOMAINS[config.domain], user=config.user_sentence, text=text, strip=config.strip_around_special)
+    return replace(
+        DOMAINS[config.domain],
+        user=config.user_sentence,
+        text=text,
+        strip=config.strip_around_special,
+        user_place=config.user_place if config.user_vector else None,
+        item_place=None if config.item_vectors == "none" else config.item_place,
+    )
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. `slots` and `slot_items` say where the O_i of which item goes; `user_slot` is 0 or None."""
+    """One tokenised prompt. `slots` and `slot_items` say where the O_i of which item goes, `user_slot` where O_u."""
 
     tokens: list[int]
     slots: list[int]
@@ -83,7 +98,8 @@ class PromptBuilder:
     def __init__(
         self, tokenizer, titles: Sequence[str | None], template: Template, *, context: int, inject: bool = True
     ):
-        self.tokenizer, self.template, self.context, self.inject = tokenizer, template, context, inject
+        self.tokenizer, self.context = tokenizer, context
+        self.template = template if inject else replace(template, user_place=None, item_place=None)
         self.titles = ["No Title" if title is None else title for title in titles]
         self._pieces: dict[str, list[int]] = {}
         self._answers: dict[int, list[int]] = {}
@@ -111,20 +127,24 @@ class PromptBuilder:
         return [self._fit(h, c, plan) for h, c, plan in zip(histories, candidates, plans, strict=True)]
 
     def _plan(self, history: Items, candidates: Items) -> list[tuple[str, int | None]]:
-        """Pieces of text, each with the item whose slot follows it (None: no slot)."""
+        """Pieces of text, each with the item whose slot follows it (None, for the last one: no slot)."""
         t = self.template
         before, rest = t.text.format(done=t.done, noun=t.noun, do=t.do, history="\0", candidates="{candidates}").split(
             "\0"
         )
         middle, after = rest.split("{candidates}")
-        if not self.inject:
-            quoted = [",".join(f'"{self.titles[i]}"' for i in items) for items in (history, candidates)]
-            return [(f"{before}{quoted[0]}{middle}{quoted[1]}{after}", None)]
-        plan, text = [], t.user + before
+        plan, text = [], (t.user if t.user_place == "first" else "") + before
         for items, following in ((history, middle), (candidates, after)):
             for k, item in enumerate(items):
-                plan.append((f'{text}{"," if k else ""}"{self.titles[item]}"', int(item)))
-                text = ""
+                text, title = text + ("," if k else ""), f'"{self.titles[item]}"'
+                if t.item_place is None:
+                    text += title
+                elif t.item_place == "before":
+                    plan.append((text, int(item)))
+                    text = title
+                else:
+                    plan.append((text + title, int(item)))
+                    text = ""
             # The public code's tokenizer dropped white space behind an O_i; a title's quote mark stands before it.
             text += following.lstrip() if t.strip and plan and not text else following
         return [*plan, (text, None)]
@@ -146,7 +166,8 @@ class PromptBuilder:
             self._pieces.update(zip(new, self.tokenizer(new), strict=True))
 
     def _assemble(self, plan: list[tuple[str, int | None]]) -> Prompt:
-        tokens: list[int] = [PLACEHOLDER] if self.inject else []
+        place = self.template.user_place
+        tokens: list[int] = [PLACEHOLDER] if place == "first" else []
         if self.tokenizer.bos is not None:
             tokens.append(self.tokenizer.bos)
         slots, items = [], []
@@ -156,4 +177,6 @@ class PromptBuilder:
                 slots.append(len(tokens))
                 items.append(item)
                 tokens.append(PLACEHOLDER)
-        return Prompt(tokens, slots, items, 0 if self.inject else None)
+        if place == "last":
+            tokens.append(PLACEHOLDER)
+        return Prompt(tokens, slots, items, {"first": 0, "last": len(tokens) - 1, None: None}[place])

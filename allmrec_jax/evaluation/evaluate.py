@@ -19,13 +19,13 @@ from allmrec_jax.config import as_dict
 from allmrec_jax.data.candidates import SEED_STREAM, draw_for_test
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation import alignment, metrics, report
+from allmrec_jax.evaluation.labels import MODEL_LABELS
 from allmrec_jax.evaluation.rank import score_users
 from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training.cf import name_of
 from allmrec_jax.training.checkpoint import claim_folder
 
-ORDER = ("popularity", "cf", "llm-only", "a-llmrec", "fused")
-PAIRS = (("a-llmrec", "llm-only"), ("a-llmrec", "cf"), ("a-llmrec", "popularity"), ("fused", "cf"))
+BESIDE = ("llm-only", "cf", "popularity")  # what the injected LLM is compared with
 
 
 def test_users(pipeline: Pipeline) -> np.ndarray:
@@ -59,7 +59,7 @@ def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarra
         "popularity": dataset.train_counts()[candidates].astype(np.float32),
         "cf": pipeline.cf.scores(x_u, candidates),
     }
-    for name, heads in (("llm-only", None), ("a-llmrec", pipeline.heads)):
+    for name, heads in (("llm-only", None), (prompt.model, pipeline.heads)):
         scores[name] = score_users(
             pipeline.ranker(heads, candidates=config.candidates),
             histories,
@@ -70,7 +70,7 @@ def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarra
             batch=config.batch,
             console=pipeline.console,
         )
-    scores["fused"] = metrics.mean_rank(scores["cf"], scores["a-llmrec"])
+    scores["fused"] = metrics.mean_rank(scores["cf"], scores[prompt.model])
     return users, candidates, column, scores
 
 
@@ -103,10 +103,12 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     seconds = {**pipeline.seconds, "evaluation": time.perf_counter() - start - sum(pipeline.seconds.values())}
     options = {"seed": x.seed, "resamples": x.evaluation.resamples}
     scenario = metrics.summarise(scores, column, **options)
-    differences = metrics.differences(scores, column, PAIRS, **options)
+    pairs = [*((x.llm.model, other) for other in BESIDE), ("fused", "cf")]
+    differences = metrics.differences(scores, column, pairs, **options)
     examples = make_examples(pipeline, users, candidates, column, scores)
     about = {
         "cf": name_of(x.cf),
+        "labels": {"fused": f"{name_of(x.cf)} + {MODEL_LABELS[x.llm.model]} (mean rank)"},
         "candidates": x.evaluation.candidates,
         "data_name": pipeline.dataset.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -117,7 +119,7 @@ def evaluate(pipeline: Pipeline) -> dict[str, Any]:
         "identity": identity,
     }
     results = {
-        "scenarios": {"overall": {name: scenario[name] for name in ORDER}},
+        "scenarios": {"overall": scenario},
         "differences": {"overall": differences},
         "alignment": stage_1,
         "examples": examples,
@@ -157,9 +159,11 @@ def show(results: dict[str, Any], console: Console, workdir: Path) -> None:
     for name, scenario in results["scenarios"].items():
         n = scenario["cf"]["hit@1"]["n"]
         title = f"{name}: {n} users, {about['candidates']} candidates each, 95 % bootstrap intervals"
-        console.print(report.metrics_table(scenario, ORDER, about=about, candidates=about["candidates"], title=title))
+        console.print(
+            report.metrics_table(scenario, tuple(scenario), about=about, candidates=about["candidates"], title=title)
+        )
         console.print(report.differences_table(results["differences"][name], about=about, title="Paired differences"))
-    console.print(report.examples_table(results["examples"], ORDER, about=about))
+    console.print(report.examples_table(results["examples"], tuple(results["scenarios"]["overall"]), about=about))
     console.print(results["conclusion"])
     console.print(f"\nWritten: {workdir / 'metrics.json'} and {workdir / 'report.html'}")
 
@@ -172,7 +176,7 @@ def make_examples(
     prompt, dataset = pipeline.experiment.llm, pipeline.dataset
     examples = []
     for row in range(min(pipeline.experiment.evaluation.examples, len(users))):
-        first = {name: int(np.argmax(scores[name][row])) for name in ORDER}
+        first = {name: int(np.argmax(scores[name][row])) for name in scores}
         examples.append(
             {
                 "user": dataset.user_keys[users[row]],
@@ -188,7 +192,7 @@ def make_examples(
 def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str, Any]) -> str:
     """What a reader may conclude, in words that follow from the intervals."""
     x = pipeline.experiment
-    cf, chance = name_of(x.cf), metrics.chance(x.evaluation.candidates)
+    cf, chance, ours = name_of(x.cf), metrics.chance(x.evaluation.candidates), MODEL_LABELS[x.llm.model]
 
     def compare(a: str, b: str, name: str) -> str:
         parts = []
@@ -202,9 +206,9 @@ def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str
     eligible = int(np.sum(pipeline.dataset.has_target("train")))
     shown = min(eligible, round(x.llm.epochs * eligible))
     text = (
-        f"On {n} test users, A-LLMRec {compare('a-llmrec', 'llm-only', 'the LLM given titles alone')}; "
-        f"{compare('a-llmrec', 'cf', cf)}. Their mean-rank combination {compare('fused', 'cf', cf)}. "
-        f"A-LLMRec {compare('a-llmrec', 'popularity', 'popularity')}. "
+        f"On {n} test users, {ours} {compare(x.llm.model, 'llm-only', 'the LLM given titles alone')}; "
+        f"{compare(x.llm.model, 'cf', cf)}. Their mean-rank combination {compare('fused', 'cf', cf)}. "
+        f"{ours} {compare(x.llm.model, 'popularity', 'popularity')}. "
         f"A random order gives Hit@1 {chance['hit@1']:.3f} and MRR {chance['mrr']:.3f}."
     )
     if x.llm.epochs < 1:

@@ -84,12 +84,18 @@ class Programs:
         """Of the LLM, on each chip."""
         return params.bytes_per_device(self.llm.describe(), self.mesh, self.llm.rules)
 
+    @property
+    def item_width(self) -> int:
+        """Of what F_I reads."""
+        x = self.experiment
+        return x.cf.width if x.llm.item_vectors == "E" else x.align.joint
+
     @functools.cached_property
     def heads(self) -> Any:
         h, x = self.llm.width, self.experiment
         return {
             "F_U": params.shapes(projection.describe(x.cf.width, h)),
-            "F_I": params.shapes(projection.describe(x.align.joint, h)),
+            "F_I": params.shapes(projection.describe(self.item_width, h)),
         }
 
     @functools.cached_property
@@ -99,7 +105,7 @@ class Programs:
         return {
             "llm": self.llm.weights,
             "x_u": Shape((self.lengths.users, x.cf.width), jnp.float32),
-            "e": Shape((self.lengths.items, x.align.joint), jnp.float32),
+            "e": Shape((self.lengths.items, self.item_width), jnp.float32),
             "tokens": jax.eval_shape(projection.token_statistics, embed),
         }
 

@@ -51,6 +51,21 @@ def make_optimiser(config: Injection, steps: int) -> optax.GradientTransformatio
     return adam if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
+def item_table(
+    config: Injection, cf: CFModel, e: Callable[[], Float[np.ndarray, "items joint"]], *, width: int, seed: int
+) -> Float[np.ndarray, "items width"]:
+    """What F_I reads of each item, by `item_vectors`; `e` is asked for where they are stage 1's.
+
+    Args:
+      width: of the random ones.
+    """
+    if config.item_vectors == "E":
+        return np.asarray(cf.E, np.float32)
+    if config.item_vectors == "random":
+        return np.random.default_rng([seed, SEED_STREAM]).normal(size=(len(cf.E), width)).astype(np.float32)
+    return e()
+
+
 def init_heads(
     key: jax.Array,
     x_u: Float[Array, "users d"],
@@ -174,7 +189,10 @@ def train_llm(
     """Trains (or goes on with) stage 2 in `folder`: one target a user, the last training item.
 
     The candidates in the prompt are the target and distinct items outside the user's training items, drawn anew
-    each epoch. Returns the heads and the curves.
+    each epoch. Returns the heads and the curves; a head whose vectors the prompt does not hold stays as it began.
+
+    Args:
+      e: what F_I reads of each item (`item_table`).
     """
     console = console or Console()
     rows = rows_of_a_pass(config, mesh.shape["data"])
