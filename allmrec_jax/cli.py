@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from allmrec_jax import __version__, cli_data, cli_fields
+from allmrec_jax import __version__, cli_compare, cli_data, cli_fields
 from allmrec_jax.config import Experiment, config_names, from_dict, load_config
 from allmrec_jax.errors import UserError
 
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--workdir", type=Path, help="where everything is kept (default runs/demo or runs/demo-full)")
 
     cli_data.add_commands(command)
+    cli_compare.add_commands(command)
 
     def with_config(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -191,7 +192,7 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if workdir is not None and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
-    if arguments.command not in ("train", "run", "plan") and rest:
+    if arguments.command not in ("train", "run", "plan", "import") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
         name = "ml100k" if arguments.full else "demo"
@@ -202,6 +203,10 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         cli_data.run_bench(arguments)
     elif arguments.command == "plan":
         run_plan(arguments, rest)
+    elif arguments.command == "import":
+        cli_compare.run_import(arguments, rest)
+    elif arguments.command == "export":
+        cli_compare.run_export(arguments, pipeline_of(opened(arguments.workdir), arguments.workdir))
     elif arguments.command in ("train", "run"):
         stage = getattr(arguments, "stage", "llm")
         prog = " ".join(["allmrec", arguments.command, *[stage] * (arguments.command == "train")])

@@ -26,6 +26,7 @@ from allmrec_jax.config import Experiment, as_dict
 from allmrec_jax.data import sources
 from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
 from allmrec_jax.data.prompts import PromptBuilder, template_of
+from allmrec_jax.data.public_files import SOURCE
 from allmrec_jax.errors import UserError
 from allmrec_jax.evaluation.rank import make_ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
@@ -75,6 +76,10 @@ class Pipeline:
                         f"{getattr(config, field)}; set the field to match, or prepare the data set again"
                     )
             return dataset
+        if (self.workdir / "data" / MANIFEST).is_file():
+            dataset = open_dataset(self.workdir / "data")
+            if dataset.manifest.get("settings", {}).get("source") == SOURCE and dataset.name == config.name:
+                return dataset  # `allmrec import` made it: there is nothing to prepare it from
         from allmrec_jax.data.prepare import prepare
 
         return prepare(

@@ -58,7 +58,9 @@ def write_llm(folder: Path) -> Path:
         "max_position_embeddings",
         "tie_word_embeddings",
     ]
-    raw = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 1} | {name: getattr(c, name) for name in names}
+    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 1} | {
+        name: getattr(c, name) for name in names
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     tiny.byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
     return folder

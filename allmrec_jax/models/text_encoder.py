@@ -8,6 +8,7 @@ A plain Hugging Face folder says nothing of the kind: there it is the mean over 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,21 @@ def load_encoder(folder: Path) -> LoadedEncoder:
         backend = _tokenizer(inner, config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder}: the encoder's settings are damaged ({error!r}); fetch them again") from error
-    weights = params.from_torch(
+    return build(config, read_weights(config, tensors(inner), str(inner)), backend)
+
+
+def read_weights(config: EncoderConfig, found: Mapping[str, Any], source: str) -> Any:
+    """The parameters among a file's tensors, whatever is wrapped around the encoder there.
+
+    Raises:
+      UserError: for tensors that do not fit, naming the first.
+    """
+    return params.from_torch(
         describe(config),
-        Renamed(tensors(inner), _plain_name, str(inner)),
+        Renamed(found, _plain_name, source),
         ignore=lambda name: name.split(".")[0] in _HEADS or name.endswith("position_ids"),
-        source=str(inner),
+        source=source,
     )
-    return build(config, weights, backend)
 
 
 def _read(path: Path, default: Any = None) -> Any:
