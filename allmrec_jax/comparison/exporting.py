@@ -92,6 +92,8 @@ def _notes(pipeline: Pipeline, stages: list[str]) -> list[str]:
         for field in ("user_sentence", "strip_around_special"):
             if (ours := getattr(x.llm, field)) != (value := getattr(theirs, field)):
                 notes.append(f"F_U and F_I were trained with llm.{field} {ours!r}; the public code has {value!r}")
+        if x.llm.item_vectors != "e":
+            notes.append(f"F_I reads {x.llm.item_vectors} of the items; the public code gives it e")
         if "opt" not in x.llm.llm.lower():
             notes.append(f"F_U and F_I were trained through {x.llm.llm}; the public code loads an OPT")
     return notes

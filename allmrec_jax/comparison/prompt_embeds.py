@@ -52,7 +52,7 @@ def prompt_embeds(
     for start in range(0, len(prompts), ROWS):
         some = list(prompts[start : start + ROWS])
         # An answer of one token, which nothing is fed of: only the prompts are packed.
-        batch = pack(some, [[[0]]] * len(some), rows=range(len(some)), batch=ROWS, tier=128)
+        batch = pack(some, [[[0]]] * len(some), rows=np.arange(len(some)), batch=ROWS, tier=128)
         own = np.zeros((ROWS, x_u.shape[1]), np.float32)
         own[: len(some)] = x_u[start : start + ROWS]
         filled = np.asarray(embed(llm.weights, heads, batch, own, e[batch["slot_items"]]))
@@ -100,7 +100,7 @@ def export_prompts(pipeline: Pipeline, out: Path, keys: Sequence[str]) -> list[P
     histories = [row[row != 0] for row in dataset.windows(ends, x.llm.history, users)]
     prompts = pipeline.builder(inject=True).prompts(histories, candidates)
     x_u = pipeline.cf.x_u(dataset.windows(ends, x.cf.maxlen, users), users)
-    embeds, mask = left_padded(prompt_embeds(pipeline.llm, pipeline.heads, prompts, x_u, pipeline.aligned.e))
+    embeds, mask = left_padded(prompt_embeds(pipeline.llm, pipeline.heads, prompts, x_u, pipeline.item_table))
     arrays = {"inputs_embeds": embeds, "attention_mask": mask, "lengths": mask.sum(1)}
     write_safetensors(paths[0], arrays, {"llm": x.llm.llm, "data": dataset.name})
     titles = [title or "No Title" for title in dataset.titles()]
