@@ -169,7 +169,9 @@ def test_a_text_among_others_in_a_row_is_encoded_as_if_alone(architecture, pooli
 
     def alone(weights):
         module = nnx.merge(encoder.graph, weights)
-        rows = [module(t[None], np.ones((1, len(t)), bool), keys[i][None])[0] for i, t in enumerate(texts)]
+        rows = [
+            module(jnp.asarray(t)[None], jnp.ones((1, len(t)), bool), keys[i][None])[0] for i, t in enumerate(texts)
+        ]
         return jnp.stack(rows)
 
     def packed(weights):
@@ -178,7 +180,8 @@ def test_a_text_among_others_in_a_row_is_encoded_as_if_alone(architecture, pooli
         none = text_groups.ABSENT
         starts = np.array([[0, 9, 14], [0, none, none], [none] * 3])
         lengths, of_row = np.array([[9, 5, 3], [12, 0, 0], [0, 0, 0]]), np.array([[0, 1, 2], [3, 0, 0], [0, 0, 0]])
-        Q = nnx.merge(encoder.graph, weights).packed(tokens, starts, lengths, keys[of_row], remat=True)
+        arrays = map(jnp.asarray, (tokens, starts, lengths))
+        Q = nnx.merge(encoder.graph, weights).packed(*arrays, keys[of_row], remat=True)
         return jnp.concatenate([Q[0], Q[1, :1]])
 
     found = [

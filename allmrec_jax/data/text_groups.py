@@ -82,8 +82,8 @@ def choose_shapes(
       span: the width at which attention costs as much as all the rest of the encoder.
       compiling: what one more shape costs a batch, in tokens.
     """
-    wide = -(-longest // 8) * 8
-    ways = [(wide,), *((width,) for width in range(wide + 8, SHORT_ROWS + 1, 8))]
+    wide = -(-longest // MULTIPLE) * MULTIPLE
+    ways = [(wide,), *((width,) for width in range(wide + MULTIPLE, SHORT_ROWS + 1, MULTIPLE))]
     ways += [(narrow, wide) for part in (2, 3, 4, 6) if (narrow := wide * part // 64 * 8) > 0]
     found = []
     for widths in ways:

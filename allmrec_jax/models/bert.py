@@ -184,7 +184,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 def kept(
     words: UInt32[Array, "*text 2"], site: int | Int[Array, ""], place: UInt32[Array, "*place"], rate: float
-) -> Bool[Array, "*place"]:
+) -> Bool[Array, ...]:
     """What dropout keeps: each draw is a hash of its text's words, its site (where in the network) and its place there.
 
     So a text's masks depend neither on the row that it stands in nor on the texts beside it. Threefry, in its place,
