@@ -10,7 +10,7 @@ compiles nothing new. The shapes are chosen from the data.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +23,7 @@ OVERHEAD = 30  # what one more group costs beside its tokens, in tokens: a pass 
 SIZES = (*range(1, 13), *(base << k for k in range(3, 9) for base in (2, 3)))  # rows that a group may have
 MOST_SIZES = 3  # of the groups of one width
 MOST_TEXTS = 16  # of a row
+PADDING, DEARER = 0.09, 0.05  # padding aimed at, and what more that may cost
 SHORT_ROWS = 128  # up to this width rows may be wider than the longest text
 MULTIPLE, MOST_WIDTHS = 4, 24
 ABSENT = np.iinfo(np.int32).max  # where a text starts that is not there
@@ -73,7 +74,8 @@ def pack(lengths: Integer[np.ndarray, " texts"], widths: Sequence[int]) -> list[
 def choose_shapes(
     batches: list[Integer[np.ndarray, " _"]], longest: int, *, most_tokens: int, span: float, compiling: float
 ) -> tuple[Shape, ...]:
-    """The shapes with which the groups of `batches`, and compiling them, cost least.
+    """The shapes with which the groups of `batches`, and compiling them, cost least; or up to `DEARER` more, where that
+    brings padding under `PADDING`.
 
     Args:
       batches: the lengths of some batches' texts.
@@ -88,28 +90,45 @@ def choose_shapes(
     found = []
     for widths in ways:
         rows = [[width for width, _ in pack(lengths, widths)] for lengths in batches]
-        cost, shapes = 0.0, []
+        of_widths = []
         for width in widths:
             counts = np.array([of_batch.count(width) for of_batch in rows])
-            sizes = [r for r in SIZES if r == 1 or (r <= counts.max() and r * width <= most_tokens)]
-            chosen = [c for k in range(1, MOST_SIZES + 1) for c in itertools.combinations(sizes, k)]
-            filled = np.array([(c * MOST_SIZES)[:MOST_SIZES] for c in chosen])
-            best, _ = _cover(filled, width, int(counts.max()))
-            costs = best[:, counts].mean(axis=1) * (1 + width / span) + compiling * np.array([len(c) for c in chosen])
-            cost += costs.min()
-            shapes += [(r, width) for r in chosen[int(costs.argmin())]]
-        found.append((cost, shapes))
-    return tuple(min(found)[1])
+            of_widths.append(list(_choose_sizes(counts, width, most_tokens, 1 + width / span, compiling)))
+        for choice in itertools.product(*of_widths):
+            costs, tokens, shapes = zip(*choice, strict=True)
+            found.append((sum(costs), sum(tokens), tuple(itertools.chain(*shapes))))
+    dearest = (1 + DEARER) * min(cost for cost, _, _ in found)
+    aim = np.mean([lengths.sum() for lengths in batches]) / (1 - PADDING)
+    return min([way for way in found if way[0] <= dearest and way[1] < aim] or found)[2]
 
 
-def _cover(sizes: Integer[np.ndarray, "ways sizes"], width: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """The least cost of 0, 1, ... `most` rows in groups of these sizes, (ways, most + 1); and the size of one group."""
+def _choose_sizes(
+    counts: Int[np.ndarray, " batches"], width: int, most_tokens: int, a_token: float, compiling: float
+) -> Iterator[tuple[float, float, list[Shape]]]:
+    """For one size of group, two and more: a batch's cost, the tokens computed for it, and the cheapest shapes."""
+    more = np.append(counts, counts.max() + 1)  # some batch will have more rows than any of these
+    sizes = [r for r in SIZES if r == 1 or (r <= more.max() and r * width <= most_tokens)]
+    for k in range(1, min(MOST_SIZES, len(sizes)) + 1):
+        chosen = np.array(list(itertools.combinations(sizes, k)))
+        cost, tokens, _ = _cover(chosen, width, int(more.max()))
+        costs = cost[:, more].mean(axis=1) * a_token + compiling * k
+        i = int(costs.argmin())
+        yield float(costs[i]), float(tokens[i, counts].mean()), [(int(r), width) for r in chosen[i]]
+
+
+def _cover(
+    sizes: Integer[np.ndarray, "ways sizes"], width: int, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of 0, 1, ... `most` rows in groups of these sizes, each (ways, most + 1): the least cost, the tokens computed,
+    and the size of one of the groups."""
     every = np.arange(len(sizes))
-    best, one = np.zeros((len(sizes), most + 1)), np.zeros((len(sizes), most + 1), np.int64)
+    cost, tokens, one = (np.zeros((len(sizes), most + 1), kind) for kind in (float, np.int64, np.int64))
     for n in range(1, most + 1):
-        costs = best[every[:, None], np.maximum(n - sizes, 0)] + sizes * width + OVERHEAD
-        best[:, n], one[:, n] = costs.min(axis=1), sizes[every, costs.argmin(axis=1)]
-    return best, one
+        costs = cost[every[:, None], np.maximum(n - sizes, 0)] + sizes * width + OVERHEAD
+        best = costs.argmin(axis=1)
+        cost[:, n], one[:, n] = costs[every, best], sizes[every, best]
+        tokens[:, n] = tokens[every, np.maximum(n - one[:, n], 0)] + one[:, n] * width
+    return cost, tokens, one
 
 
 @lru_cache
@@ -117,7 +136,7 @@ def _plans(shapes: tuple[Shape, ...], most: int) -> tuple[dict[int, list[list[in
     """For each width the sizes of the groups of 0, 1, ... `most` rows; and how many groups there are at most."""
     plans = {}
     for width in {width for _, width in shapes}:
-        _, one = _cover(np.array([[r for r, w in shapes if w == width]]), width, most)
+        _, _, one = _cover(np.array([[r for r, w in shapes if w == width]]), width, most)
         plans[width] = [[]]
         for n in range(1, most + 1):
             size = int(one[0, n])
