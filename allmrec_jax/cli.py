@@ -94,8 +94,27 @@ def build_parser() -> argparse.ArgumentParser:
     run = command("run", "All stages and the evaluation; picks up where it stopped.", overrides)
     with_config(run)
 
-    evaluate = command("evaluate", "Evaluate a work directory: metrics.json and report.html.")
+    evaluate = command(
+        "evaluate",
+        "Evaluate a work directory: metrics.json and report.html.",
+        "\nEvery model orders the same candidates of the same seeded users. What went through the LLM once is kept,\n"
+        "and figures of further scenarios are added to those that are there."
+        "\n  overall                  the test item among random items that the user never interacted with"
+        "\n  cold-items, warm-items   those of overall whose item is among the 35 % seen least (most) in training"
+        "\n  cold-users               users with three interactions, left out of all training"
+        "\nFields of the evaluation may be overridden: --evaluation.users 1000",
+    )
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
+    evaluate.add_argument(
+        "--scenario", nargs="+", metavar="NAME", help="which, or all (default: overall, cold-items and warm-items)"
+    )
+    evaluate.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="cf, llm-only, a-llmrec, a-llmrec-q and a-llmrec-mixed (all items, or cold ones, carried by their texts), "
+        "fused, or all (default: those that need no second pass); popularity, repeat and markov are always there",
+    )
 
     plan = command(
         "plan",
@@ -157,11 +176,27 @@ def pipeline_of(experiment: Experiment, workdir: Path) -> Any:
     return Pipeline(experiment, workdir, console=Console())
 
 
-def run_all(experiment: Experiment, workdir: Path) -> None:
+def run_all(experiment: Experiment, workdir: Path, **asked: Any) -> None:
     from allmrec_jax.evaluation.evaluate import evaluate, show
 
     pipeline = pipeline_of(experiment, workdir)
-    show(evaluate(pipeline), pipeline.console, workdir)
+    show(evaluate(pipeline, **asked), pipeline.console, workdir)
+
+
+def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from allmrec_jax.evaluation import evaluate, scenarios
+
+    experiment = opened(arguments.workdir)
+    for flag in rest:
+        if flag.startswith("--") and not flag.startswith("--evaluation."):
+            raise UserError(f"{flag}: the models are trained; only fields of the evaluation may change")
+    experiment = cli_fields.override(experiment, rest, prog="allmrec evaluate")
+    asked = {}
+    if arguments.scenario:
+        asked["names"] = scenarios.asked(arguments.scenario)
+    if arguments.models or "all" in (arguments.scenario or ()):
+        asked["models"] = evaluate.chosen_models(arguments.models or ["all"], experiment.llm)
+    run_all(experiment, arguments.workdir, **asked)
 
 
 def run_recommend(arguments: argparse.Namespace) -> None:
@@ -192,7 +227,7 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if workdir is not None and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
-    if arguments.command not in ("train", "run", "plan", "import") and rest:
+    if arguments.command not in ("train", "run", "plan", "import", "evaluate") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
         name = "ml100k" if arguments.full else "demo"
@@ -219,7 +254,7 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
 
             train(pipeline_of(experiment, arguments.workdir), arguments.stage)
     elif arguments.command == "evaluate":
-        run_all(opened(arguments.workdir), arguments.workdir)
+        run_evaluate(arguments, rest)
     else:
         run_recommend(arguments)
 

@@ -248,7 +248,9 @@ class Evaluation:
     """Who is tested, and how."""
 
     users: int | None = None
-    """Number of seeded test users; None takes all."""
+    """Number of seeded test users; None takes all. With more than before, only the new ones are scored."""
+    validation_users: int | None = 1000
+    """Users on whose validation items `fused` learns how far to trust each model; None takes all, 0 leaves it out."""
     candidates: int = 20
     """The target and so many less one items that the user never interacted with."""
     score: Literal["mean", "sum"] = "mean"
@@ -256,7 +258,7 @@ class Evaluation:
     batch: int = 4
     resamples: int = 2000
     """Bootstrap resamples for the 95 % intervals."""
-    examples: int = 5
+    examples: int = 20
     """Users shown with history, true next item and each model's choice."""
 
 
@@ -415,6 +417,11 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
         ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
+        (
+            "evaluation.validation_users",
+            values["evaluation.validation_users"] is None or values["evaluation.validation_users"] >= 0,
+            "at least 0",
+        ),
     ]
     return rules
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _weights_folder(name: str, console: Console) -> Path:
 NO_INFLUENCE = {
     "align": ("save_every", "group_tokens", "remat"),
     "llm": ("save_every", "remat", "micro"),
-    "evaluation": ("batch", "resamples", "examples"),
+    "evaluation": ("batch", "resamples", "examples", "users", "validation_users"),
 }
 
 
@@ -129,6 +130,11 @@ class Pipeline:
         write_json(self.workdir / "config.json", as_dict(self.experiment))
         return folder
 
+    @property
+    def scores_folder(self) -> Path:
+        """Where the evaluation keeps the scores of candidates, claimed for this experiment."""
+        return self._open("evaluation")
+
     def _timed(self, stage: str, function: Any, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
@@ -200,9 +206,14 @@ class Pipeline:
     def heads(self) -> dict[str, Any]:
         return self._heads[0]
 
-    @property
-    def curves(self) -> dict[str, Curves]:
-        return {"stage 0: CF": self._cf[1], "stage 1: alignment": self._align[1], "stage 2: injection": self._heads[1]}
+    def curves(self, stages: Sequence[str] = ("cf", "align", "llm")) -> dict[str, Curves]:
+        """Of the stages that are named."""
+        known = {
+            "cf": ("stage 0: CF", "_cf"),
+            "align": ("stage 1: alignment", "_align"),
+            "llm": ("stage 2: injection", "_heads"),
+        }
+        return {known[stage][0]: getattr(self, known[stage][1])[1] for stage in stages}
 
     def builder(self, *, inject: bool) -> PromptBuilder:
         """Prompts of this experiment's data, LLM and wording."""

@@ -29,5 +29,5 @@ def config() -> Experiment:
             decay=True,
             save_every=10,
         ),
-        evaluation=Evaluation(users=128),
+        evaluation=Evaluation(users=128, validation_users=128),
     )

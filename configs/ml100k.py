@@ -16,5 +16,5 @@ def config() -> Experiment:
         demo,
         name="ml100k",
         llm=replace(demo.llm, epochs=2.5),
-        evaluation=replace(demo.evaluation, users=None),
+        evaluation=replace(demo.evaluation, users=None, validation_users=None),
     )

@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from allmrec_jax import cli
 from allmrec_jax.config import config_names
 from allmrec_jax.data import sources
+from allmrec_jax.evaluation import scores
 from allmrec_jax.models import params, text_encoder
 from allmrec_jax.models.llm import llama
 from allmrec_jax.training import loop
 
-MODELS = {"popularity", "cf", "llm-only", "a-llmrec", "fused"}
+MODELS = {"popularity", "repeat", "markov", "leak-check", "cf", "llm-only", "a-llmrec", "fused"}
 
 
 def write_movielens(folder: Path) -> Path:
@@ -116,6 +117,8 @@ def inputs(tmp_path_factory) -> list[str]:
         "llm.epochs": 1.0,
         "llm.save-every": 2,
         "evaluation.users": 12,
+        "evaluation.validation-users": 12,
+        "evaluation.examples": 5,
         "evaluation.candidates": 5,
         "evaluation.batch": 8,
         "evaluation.resamples": 200,
@@ -134,7 +137,9 @@ def done(inputs, tmp_path_factory) -> Path:
 def figures(workdir: Path) -> dict:
     """What a run found, without its dates and durations."""
     found = json.loads((workdir / "metrics.json").read_text())
-    return {key: found[key] for key in ("scenarios", "differences", "examples", "curves", "conclusion")}
+    return {
+        key: found[key] for key in ("scenarios", "differences", "facts", "fusion", "examples", "curves", "conclusion")
+    }
 
 
 def test_every_stage_leaves_a_checkpoint_and_the_evaluation_its_files(done):
@@ -201,9 +206,9 @@ def test_an_interrupted_evaluation_goes_on(done, inputs, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(done, work)
     (work / "metrics.json").unlink()
-    scores = np.load(work / "evaluation" / "overall.a-llmrec.npy")
+    scores = np.load(work / "evaluation" / "test.a-llmrec.npy")
     scores[8:] = np.nan
-    np.save(work / "evaluation" / "overall.a-llmrec.npy", scores)
+    np.save(work / "evaluation" / "test.a-llmrec.npy", scores)
     assert cli.main([*inputs, "--workdir", str(work)]) == 0
     assert figures(work) == figures(done)
 
@@ -217,11 +222,81 @@ def test_the_paper_s_baseline_has_its_own_name(done, inputs, tmp_path, capsys):
     assert "MLP-LLM" in capsys.readouterr().out
     results, before = (json.loads((folder / "metrics.json").read_text()) for folder in (work, done))
     assert set(results["scenarios"]["overall"]) == MODELS - {"a-llmrec"} | {"mlp-llm"}
-    assert set(results["differences"]["overall"]) == {"mlp-llm", "fused"}
+    assert set(results["differences"]["overall"]) == {"mlp-llm", "fused", "cf"}
     assert "A-LLMRec" not in results["conclusion"]
     for name in ("cf", "popularity", "llm-only"):
         assert results["scenarios"]["overall"][name] == before["scenarios"]["overall"][name]
     assert cli.main(["recommend", "--workdir", str(work), "--user", "1"]) == 0
+
+
+def test_further_scenarios_and_models_are_added_and_nothing_is_scored_twice(done, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    shutil.copytree(done, work)
+    asked = []
+    original = scores.score_users
+    monkeypatch.setattr(scores, "score_users", lambda *a, **k: asked.append(k["label"]) or original(*a, **k))
+    before = json.loads((work / "metrics.json").read_text())
+    assert cli.main(["evaluate", "--workdir", str(work), "--scenario", "all", "--models", "cf", "a-llmrec-q"]) == 0
+    assert asked == ["evaluation: test, a-llmrec-q"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cold-users: not applicable: " in shown
+    assert re.search(
+        r"cold-items: \d+ users, test items among the 35 % of the catalogue with the fewest training", shown
+    )
+    after = json.loads((work / "metrics.json").read_text())
+    for name, models in before["scenarios"].items():
+        assert set(after["scenarios"][name]) == MODELS | {"a-llmrec-q"}
+        assert {model: after["scenarios"][name][model] for model in models} == models
+    assert set(after["not_applicable"]) == {"cold-users"}
+    assert set(after["facts"]) == {f"{what}-items{rule}" for what in ("cold", "warm") for rule in ("", "-by-rule")} | {
+        "overall"
+    }
+    # More users: the scores of the first ones stay as they are.
+    old = np.load(work / "evaluation" / "test.a-llmrec.npy")
+    assert cli.main(["evaluate", "--workdir", str(work), "--scenario", "overall", "--evaluation.users", "20"]) == 0
+    new = np.load(work / "evaluation" / "test.a-llmrec.npy")
+    assert (len(old), len(new)) == (12, 20)
+    np.testing.assert_array_equal(new[:12], old)
+    assert json.loads((work / "metrics.json").read_text())["scenarios"]["overall"]["fused"]["mrr"]["n"] == 20
+    del asked[:]
+    assert cli.main(["evaluate", "--workdir", str(work), "--scenario", "overall", "--evaluation.users", "5"]) == 0
+    assert asked == []
+
+
+def test_scores_of_other_candidates_are_not_used(done, tmp_path, capsys):
+    work = tmp_path / "work"
+    shutil.copytree(done, work)
+    (work / "metrics.json").unlink()
+    saved = work / "evaluation" / "test.lists.npz"
+    content = dict(np.load(saved))
+    np.savez(saved, **content | {"candidates": content["candidates"][:, ::-1]})
+    assert cli.main(["evaluate", "--workdir", str(work)]) == 0
+    assert "scores of test are of other candidates; scoring again" in " ".join(capsys.readouterr().out.split())
+    assert figures(work) == figures(done)
+
+
+def test_a_work_directory_of_other_data_is_refused(inputs, tmp_path, capsys):
+    work, data, other = tmp_path / "work", tmp_path / "data", tmp_path / "other"
+    raw = inputs[inputs.index("--data.name") + 1]
+    assert cli.main(["data", "prepare", raw, "--out", str(data), "--strip-years"]) == 0
+    rest = [*inputs[1:], "--data.name", str(data), "--workdir", str(work), "--cf.epochs", "2"]
+    assert cli.main(["train", "cf", *rest]) == 0
+    assert cli.main(["evaluate", "--workdir", str(work), "--models", "cf", "--scenario", "overall"]) == 0
+    assert set(json.loads((work / "metrics.json").read_text())["scenarios"]["overall"]) == MODELS - {
+        "llm-only",
+        "a-llmrec",
+        "fused",
+    }
+    with (Path(shutil.copytree(raw, tmp_path / "raw")) / "u.data").open("a") as file:
+        file.write("1\t60\t3\t999999999\n")
+    assert cli.main(["data", "prepare", str(tmp_path / "raw"), "--out", str(other), "--strip-years"]) == 0
+    shutil.rmtree(data)
+    other.rename(data)
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--workdir", str(work), "--models", "cf"]) == 1
+    said = capsys.readouterr().err
+    assert "data.fingerprint" in said
+    assert said.count("\n") == 1
 
 
 def test_another_config_in_the_same_work_directory_is_refused(done, inputs, capsys):
@@ -272,6 +347,7 @@ MISTAKES = {
     ),
     "no stage": (["train", "--config", "demo", "--workdir", "x"], "required: stage; `allmrec train --help`"),
     "value out of range": (["run", "--config", "demo", "--workdir", "x", "--cf.dropout", "1.5"], "cf.dropout"),
+    "too few candidates": ([*TRAIN, "--evaluation.candidates", "1"], "must be at least 2"),
     "not a work directory": (["evaluate", "--workdir", "nowhere"], "nowhere"),
     "unknown argument": (["demo", "--fast"], "--fast"),
 }
@@ -296,6 +372,23 @@ def test_a_file_is_no_work_directory(arguments, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said == f"allmrec: --workdir {tmp_path / 'mine.txt'} is a file; give a folder, which need not exist yet\n"
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        (["--scenario", "cold"], "there is no scenario 'cold'; choose among overall, cold-items"),
+        (["--models", "gpt"], "there is no model 'gpt' here (no such name is known); choose among cf, llm-only"),
+        (["--cf.epochs", "3"], "--cf.epochs: the models are trained; only fields of the evaluation may change"),
+        (["--evaluation.candidates", "1000"], "1000 candidates were asked for, but raw has 55 items"),
+        (["--evaluation.candidates", "6"], "evaluation.candidates=5, but now it is 6"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(asked, hint, done, capsys):
+    assert cli.main(["evaluate", "--workdir", str(done), *asked]) == 1
+    said = capsys.readouterr().err
+    assert hint in said
+    assert said.count("\n") == 1
 
 
 def test_unknown_user_and_title_say_what_there_is(done, capsys):

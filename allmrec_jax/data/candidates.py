@@ -14,6 +14,7 @@ from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.errors import UserError
 
 SEED_STREAM = 3  # of tests: folded into the experiment's seed, so that no two stages share random bits
+STEP = {"test": 0, "validation": 1}
 
 
 @partial(jax.jit, static_argnames="count")
@@ -59,12 +60,24 @@ def draw_candidates(
 
 
 def draw_for_test(
-    dataset: Dataset, users: Int[np.ndarray, " users"], *, seed: int, count: int
+    dataset: Dataset, users: Int[np.ndarray, " users"], *, seed: int, count: int, split: str = "test"
 ) -> tuple[Int[np.ndarray, "users count"], Int[np.ndarray, " users"]]:
-    """As `draw_candidates`: each user's test item among items that the user never interacted with.
+    """As `draw_candidates`: each user's test (or validation) item among items that the user never interacted with.
 
-    A user's candidates do not depend on who else is tested.
+    Cold users may be among the users. A user's candidates do not depend on who else is tested.
+
+    Raises:
+      UserError: if the data set, or a user, leaves too few items.
     """
+    if count > dataset.n_items:
+        raise UserError(
+            f"{count} candidates were asked for, but {dataset.name} has {dataset.n_items:,} items; ask for fewer "
+            "candidates"
+        )
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
-    seen = seen_items(*dataset.distinct("test"), dataset.n_items)
-    return draw_candidates(key, 0, users, users, dataset.targets("test")[users], seen, count)
+    items, offsets = dataset.distinct("test")
+    cold = np.sort(dataset.cold_items, axis=1)
+    first = np.concatenate([np.ones_like(cold[:, :1], bool), cold[:, 1:] != cold[:, :-1]], axis=1)
+    offsets = np.concatenate([offsets, offsets[-1] + np.cumsum(first.sum(1))])
+    seen = seen_items(np.concatenate([items, cold[first]]), offsets, dataset.n_items)
+    return draw_candidates(key, STEP[split], users, users, dataset.targets_of(users, split), seen, count)

@@ -161,6 +161,28 @@ class Dataset:
             return np.asarray(self.cold_items[user - self.n_users - 1])
         return np.asarray(self.items[self.offsets[user] : self.offsets[user + 1]])
 
+    def histories(
+        self, users: Integer[np.ndarray, " rows"], length: int, split: str = "test"
+    ) -> Int32[np.ndarray, "rows length"]:
+        """The last `length` items of users' histories for `split`, padded with 0 on the left; cold users may be among
+        them, whose history is the first two of their three items."""
+        users = np.asarray(users)
+        cold = users > self.n_users
+        known = np.where(cold, 0, users)
+        found = self.windows(self.history_end(split)[known], length, known)
+        if cold.any():
+            two = self.cold_items[users[cold] - self.n_users - 1, :2]
+            found[cold] = np.pad(two, ((0, 0), (max(0, length - 2), 0)))[:, -length:]
+        return found
+
+    def targets_of(self, users: Integer[np.ndarray, " rows"], split: str = "test") -> Int32[np.ndarray, " rows"]:
+        """As `targets(split)[users]`; cold users, whose target is the last of their three items, may be among them."""
+        users = np.asarray(users)
+        cold = users > self.n_users
+        found = self.targets(split)[np.where(cold, 0, users)]
+        found[cold] = self.cold_items[users[cold] - self.n_users - 1, 2]
+        return found
+
     def history(self, user: int, split: str = "test") -> Int32[np.ndarray, " length"]:
         """All items of one user's history for `split`, oldest first. A cold user's is the first two of the three."""
         if user > self.n_users:
@@ -168,7 +190,8 @@ class Dataset:
         return np.asarray(self.items[self.offsets[user] : self.history_end(split)[user]])
 
     @functools.cached_property
-    def _is_train(self) -> Bool[np.ndarray, " n_interactions"]:
+    def is_train(self) -> Bool[np.ndarray, " n_interactions"]:
+        """Whether each entry of `items` is a training item."""
         end = np.repeat(self.offsets[:-1] + self.n_train, self.lengths)
         return np.arange(self.n_interactions) < end
 
@@ -178,7 +201,7 @@ class Dataset:
 
     def train_counts(self) -> Int64[np.ndarray, " items"]:
         """Training interactions of each item; entry 0 is 0."""
-        return np.bincount(self.items[self._is_train], minlength=self.n_items + 1)
+        return np.bincount(self.items[self.is_train], minlength=self.n_items + 1)
 
     def distinct(self, split: str = "train") -> tuple[Int32[np.ndarray, " flat"], Int64[np.ndarray, " offsets"]]:
         """Each user's distinct items, ascending, as a flat array with offsets.
@@ -187,7 +210,7 @@ class Dataset:
         everything that the user ever interacted with.
         """
         _check_split(split)
-        keep = np.ones(self.n_interactions, bool) if split == "test" else self._is_train.copy()
+        keep = np.ones(self.n_interactions, bool) if split == "test" else self.is_train.copy()
         if split == "validation":
             keep[self.history_end(split)[self.has_target(split)]] = True
         pairs = np.unique(self.users_of_items()[keep].astype(np.int64) * (self.n_items + 1) + self.items[keep])

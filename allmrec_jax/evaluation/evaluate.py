@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,125 +16,195 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from allmrec_jax.config import as_dict
-from allmrec_jax.data.candidates import SEED_STREAM, draw_for_test
+from allmrec_jax.config import Injection, as_dict
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import alignment, metrics, report
-from allmrec_jax.evaluation.labels import MODEL_LABELS
-from allmrec_jax.evaluation.rank import score_users
+from allmrec_jax.evaluation import alignment, baselines, fused, labels, lists, metrics, report, scenarios, scores
+from allmrec_jax.evaluation.lists import Lists
 from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training.cf import name_of
-from allmrec_jax.training.checkpoint import claim_folder
 
-BESIDE = ("llm-only", "cf", "popularity")  # what the injected LLM is compared with
+TRIVIAL = baselines.NAMES  # in every table, whatever is asked for
+ORDER = (*TRIVIAL, "cf", "llm-only", "mlp-llm", "a-llmrec", "a-llmrec-q", "a-llmrec-mixed", "fused")
+SHOWN_EXAMPLES = 5  # on the terminal; the page has them all
+PAIRS = (
+    ("a-llmrec", "llm-only"),
+    ("a-llmrec", "mlp-llm"),
+    ("a-llmrec", "cf"),
+    ("a-llmrec", "popularity"),
+    ("mlp-llm", "llm-only"),
+    ("mlp-llm", "cf"),
+    ("mlp-llm", "popularity"),
+    ("a-llmrec-q", "a-llmrec"),
+    ("a-llmrec-mixed", "a-llmrec"),
+    ("fused", "cf"),
+    ("fused", "a-llmrec"),
+    ("fused", "mlp-llm"),
+    ("cf", "leak-check"),
+)
 
 
-def test_users(pipeline: Pipeline) -> np.ndarray:
-    """The seeded test users: the first `evaluation.users` of a random order of all who have a test item."""
-    dataset, wanted = pipeline.dataset, pipeline.experiment.evaluation.users
-    users = np.flatnonzero(dataset.has_target("test"))
-    if not len(users):
-        raise UserError(f"{dataset.name}: no user has three items, so there is nothing to test on")
-    order = np.random.default_rng([pipeline.experiment.seed, SEED_STREAM]).permutation(users)
-    return order[:wanted]
+def chosen_models(names: Iterable[str], llm: Injection) -> tuple[str, ...]:
+    """The models that the names mean in a work directory with this LLM, the trivial ones with them; `all` is each.
 
-
-def score_overall(pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """(users, candidates, target column, scores of each model) of the scenario `overall`.
-
-    Each user's test item stands among distinct items that the user never interacted with, in a seeded random order.
+    Raises:
+      UserError: for a name that is none, or that this work directory does not have.
     """
-    x, dataset = pipeline.experiment, pipeline.dataset
-    config, prompt = x.evaluation, x.llm
-    folder = pipeline.workdir / "evaluation"
-    # The stages come first: their folders are claimed by the same check, before anything is scored.
-    pipeline.heads  # noqa: B018
-    claim_folder(folder, pipeline.identity("evaluation"))
-    users = test_users(pipeline)
-    candidates, column = draw_for_test(dataset, users, seed=x.seed, count=config.candidates)
-    ends = dataset.history_end("test")[users]
-    x_u = pipeline.cf.x_u(dataset.windows(ends, x.cf.maxlen, users), users)
-    histories = [row[row != 0] for row in dataset.windows(ends, prompt.history, users)]
-
-    scores = {
-        "popularity": dataset.train_counts()[candidates].astype(np.float32),
-        "cf": pipeline.cf.scores(x_u, candidates),
-    }
-    for name, heads in (("llm-only", None), (prompt.model, pipeline.heads)):
-        scores[name] = score_users(
-            pipeline.ranker(heads, candidates=config.candidates),
-            histories,
-            candidates,
-            x_u,
-            saved=folder / f"overall.{name}.npy",
-            label=f"evaluation: {name}",
-            batch=config.batch,
-            console=pipeline.console,
-        )
-    scores["fused"] = metrics.mean_rank(scores["cf"], scores[prompt.model])
-    return users, candidates, column, scores
+    names, texts = list(names), ("a-llmrec-q", "a-llmrec-mixed")
+    there = ("cf", "llm-only", llm.model, *(texts if llm.item_vectors == "e" else ()), "fused")
+    for name in names:
+        if name not in (*TRIVIAL, *there, "all"):
+            what = f"llm.item_vectors is {llm.item_vectors}" if name in ORDER else "no such name is known"
+            raise UserError(f"there is no model {name!r} here ({what}); choose among {', '.join(there)}, or all")
+    names = there if "all" in names else names
+    return tuple(name for name in ORDER if name in (*TRIVIAL, *names))
 
 
-def evaluate(pipeline: Pipeline) -> dict[str, Any]:
-    """Runs the evaluation, writes `metrics.json` and `report.html`, and returns what `metrics.json` holds.
-
-    If `metrics.json` is already that of this experiment, it is read and nothing is computed.
-    """
-    path = pipeline.workdir / "metrics.json"
-    shown = {name: getattr(pipeline.experiment.evaluation, name) for name in ("resamples", "examples")}
-    identity = json.loads(json.dumps(pipeline.identity("evaluation") | {"report": shown}))
-    if path.is_file() and (pipeline.workdir / "report.html").is_file():
-        try:
-            found = json.loads(path.read_text())
-            if found["about"]["identity"] == identity:
-                return found
-        except (ValueError, KeyError, TypeError):
-            pipeline.console.print(f"{path} is damaged; evaluating again")
+def draw_lists(pipeline: Pipeline, group: str) -> Lists:
+    """The lists of a group, as many as the config asks for."""
     x = pipeline.experiment
-    start = time.perf_counter()
-    users, candidates, column, scores = score_overall(pipeline)
-    stage_1 = alignment.report(
-        pipeline.aligned,
-        pipeline.cf,
-        pipeline.dataset,
-        pipeline.workdir / "align",
-        seed=x.seed,
-        console=pipeline.console,
-    )
-    seconds = {**pipeline.seconds, "evaluation": time.perf_counter() - start - sum(pipeline.seconds.values())}
-    options = {"seed": x.seed, "resamples": x.evaluation.resamples}
-    scenario = metrics.summarise(scores, column, **options)
-    pairs = [*((x.llm.model, other) for other in BESIDE), ("fused", "cf")]
-    differences = metrics.differences(scores, column, pairs, **options)
-    examples = make_examples(pipeline, users, candidates, column, scores)
-    about = {
-        "cf": name_of(x.cf),
-        "labels": {"fused": f"{name_of(x.cf)} + {MODEL_LABELS[x.llm.model]} (mean rank)"},
-        "candidates": x.evaluation.candidates,
-        "data_name": pipeline.dataset.name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "durations": seconds,
-        "hardware": hardware(),
-        "versions": {name: version(name) for name in ("allmrec-jax", "jax", "flax", "optax", "orbax-checkpoint")},
-        "experiment": as_dict(x),
-        "identity": identity,
+    most = x.evaluation.validation_users if group == "validation" else x.evaluation.users
+    return lists.draw(pipeline.dataset, group, seed=x.seed, most=most, candidates=x.evaluation.candidates)
+
+
+def learn_fusion(pipeline: Pipeline) -> fused.Fusion | str:
+    """What `fused` learns from validation users, or why it cannot."""
+    x, dataset = pipeline.experiment, pipeline.dataset
+    if x.cf.refit:
+        return "the CF model was trained on the validation items, too (cf.refit), so none are left to learn from"
+    if x.evaluation.validation_users == 0:
+        return "evaluation.validation_users is 0"
+    of = draw_lists(pipeline, "validation")
+    found = scores.score(pipeline, of, ("cf", x.llm.model))
+    counts = dataset.train_counts()
+    groups = {
+        name: np.isin(of.targets, dataset.scenario(f"{name}-items").items)
+        if scenarios.why_not(dataset, f"{name}-items") is None
+        else np.zeros(len(of.users), bool)
+        for name in ("cold", "warm")
     }
-    results = {
-        "scenarios": {"overall": scenario},
-        "differences": {"overall": differences},
-        "alignment": stage_1,
-        "examples": examples,
-        "curves": pipeline.curves,
-        "conclusion": conclude(pipeline, scenario, differences),
-        "about": about,
+    return fused.learn(
+        found["cf"], found[x.llm.model], counts[of.candidates], of.column, **groups, all_counts=counts[1:]
+    )
+
+
+def evaluate(
+    pipeline: Pipeline, names: Sequence[str] = scenarios.FREE, models: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Runs the scenarios that are named and writes `metrics.json` and `report.html`.
+
+    Args:
+      models: by default those that go through the LLM once a user.
+
+    What `metrics.json` holds of this experiment already stays in it, figures of further scenarios and models are added;
+    if nothing is missing, it is read and nothing is computed. Returns what it holds.
+    """
+    x = pipeline.experiment
+    models = ("cf", "llm-only", x.llm.model, "fused") if models is None else models
+    names, models = scenarios.asked(names), chosen_models(models, x.llm)
+    shown = {name: getattr(x.evaluation, name) for name in ("users", "validation_users", "resamples", "examples")}
+    identity = json.loads(json.dumps(pipeline.identity("evaluation") | {"report": shown}))
+    before = read(pipeline, identity)
+    if before is not None:
+        names = tuple(name for name in scenarios.NAMES if name in (*names, *before["about"]["asked"]["scenarios"]))
+        models = tuple(name for name in ORDER if name in (*models, *before["about"]["asked"]["models"]))
+        if {"scenarios": list(names), "models": list(models)} == before["about"]["asked"]:
+            return before
+    start = time.perf_counter()
+    results = compute(pipeline, names, models)
+    seconds = {**pipeline.seconds, "evaluation": time.perf_counter() - start - sum(pipeline.seconds.values())}
+    results["about"] |= {
+        "durations": seconds,
+        "asked": {"scenarios": list(names), "models": list(models)},
+        "identity": identity,
     }
     write(pipeline.workdir, results)
     return results
 
 
+def read(pipeline: Pipeline, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What `metrics.json` holds, if it is there, whole, and of this experiment."""
+    path = pipeline.workdir / "metrics.json"
+    if not path.is_file() or not (pipeline.workdir / "report.html").is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return found if found["about"]["identity"] == identity and found["about"]["asked"]["models"] else None
+    except (ValueError, KeyError, TypeError):
+        pipeline.console.print(f"{path} is damaged; evaluating again")
+        return None
+
+
+def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
+    """All that `metrics.json` holds."""
+    x, dataset = pipeline.experiment, pipeline.dataset
+    options = {"seed": x.seed, "resamples": x.evaluation.resamples}
+    not_applicable = {name: why for name in names if (why := scenarios.why_not(dataset, name)) is not None}
+    scored: dict[str, tuple[Lists, dict[str, np.ndarray]]] = {}
+    fusion = learn_fusion(pipeline) if "fused" in models and len(not_applicable) < len(names) else None
+    for group in dict.fromkeys(scenarios.ROWS[name] for name in names if name not in not_applicable):
+        of = draw_lists(pipeline, group)
+        more = ("cf", x.llm.model) if "fused" in models else ()
+        found = scores.score(pipeline, of, dict.fromkeys((*models, *more)))
+        if isinstance(fusion, fused.Fusion):
+            found["fused"] = fusion(found["cf"], found[x.llm.model], dataset.train_counts()[of.candidates])
+        scored[group] = of, {name: found[name] for name in ORDER if name in found and name in models}
+
+    figures: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for name in names:
+        if name in not_applicable:
+            continue
+        of, found = scored[scenarios.ROWS[name]]
+        for part, what in scenarios.parts(dataset, name, of).items():
+            if not what.rows.any():
+                not_applicable[part] = f"none of the {len(of.users):,} tested users' items is among them"
+                continue
+            figures[part], differences[part] = scenarios.figures(found, of, what.rows, PAIRS, **options)
+            repeats = int((of.repeats & what.rows).sum())
+            facts[part] = {"users": int(what.rows.sum()), "of": len(of.users), "repeats": repeats, **what.facts}
+    trained = set(models) & {*scores.INJECTED, "fused"}
+    stages = ["cf", *["align"] * (x.llm.item_vectors == "e"), "llm"] if trained else ["cf"]
+    results = {
+        "scenarios": figures,
+        "not_applicable": not_applicable,
+        "facts": facts,
+        "differences": differences,
+        "curves": pipeline.curves(stages),
+        "examples": make_examples(pipeline, *scored["test"]) if "test" in scored else [],
+        "about": about(pipeline),
+    }
+    if isinstance(fusion, fused.Fusion):
+        results["fusion"] = fusion.facts()
+    elif fusion is not None:
+        results["not_applicable"]["fused"] = fusion
+    if "align" in stages:
+        results["alignment"] = alignment.report(
+            pipeline.aligned, pipeline.cf, dataset, pipeline.workdir / "align", seed=x.seed, console=pipeline.console
+        )
+    results["conclusion"] = conclude(pipeline, figures, differences)
+    return results
+
+
+def about(pipeline: Pipeline) -> dict[str, Any]:
+    """What the figures are of."""
+    x = pipeline.experiment
+    return {
+        "cf": name_of(x.cf),
+        "labels": {"fused": f"{name_of(x.cf)} + {labels.MODEL_LABELS[x.llm.model]}"},
+        "candidates": x.evaluation.candidates,
+        "data_name": pipeline.dataset.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("allmrec-jax", "jax", "flax", "optax", "orbax-checkpoint")},
+        "experiment": as_dict(x),
+    }
+
+
 def write(workdir: Path, results: dict[str, Any]) -> None:
     """Writes `report.html`, then `metrics.json`, each atomically."""
-    about = {k: v for k, v in results["about"].items() if k != "identity"}
+    about = {k: v for k, v in results["about"].items() if k not in ("identity", "asked")}
+    stage_1 = results.get("alignment")
     report.write_report(
         workdir / "report.html",
         title=f"A-LLMRec: {about['experiment']['name']}",
@@ -147,7 +218,9 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         },
         about=about,
         warnings=[],
-        alignment=alignment.for_page(results["alignment"], workdir / "align"),
+        facts=results["facts"],
+        not_applicable=results["not_applicable"],
+        alignment=stage_1 and alignment.for_page(stage_1, workdir / "align"),
     )
     rest = {k: v for k, v in results.items() if k != "scenarios"}
     report.write_metrics(workdir / "metrics.json", results["scenarios"], **rest)
@@ -157,61 +230,65 @@ def show(results: dict[str, Any], console: Console, workdir: Path) -> None:
     """Prints the tables, the examples and the conclusion."""
     about = results["about"]
     for name, scenario in results["scenarios"].items():
-        n = scenario["cf"]["hit@1"]["n"]
-        title = f"{name}: {n} users, {about['candidates']} candidates each, 95 % bootstrap intervals"
-        console.print(
-            report.metrics_table(scenario, tuple(scenario), about=about, candidates=about["candidates"], title=title)
-        )
+        title = labels.scenario_title(name, results["facts"][name], about["candidates"])
+        console.print(report.metrics_table(scenario, ORDER, about=about, candidates=about["candidates"], title=title))
         console.print(report.differences_table(results["differences"][name], about=about, title="Paired differences"))
-    console.print(report.examples_table(results["examples"], tuple(results["scenarios"]["overall"]), about=about))
+    for name, reason in results["not_applicable"].items():
+        console.print(f"{name}: not applicable: {reason}", markup=False)
+    if results["examples"]:
+        console.print(report.examples_table(results["examples"][:SHOWN_EXAMPLES], ORDER, about=about))
     console.print(results["conclusion"])
     console.print(f"\nWritten: {workdir / 'metrics.json'} and {workdir / 'report.html'}")
 
 
-def make_examples(
-    pipeline: Pipeline, users: np.ndarray, candidates: np.ndarray, column: np.ndarray, scores: dict[str, np.ndarray]
-) -> list[dict[str, Any]]:
+def make_examples(pipeline: Pipeline, of: Lists, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """The first few test users (not chosen by result): history, true next item, and each model's first choice."""
     titles = ["No Title" if title is None else title for title in pipeline.dataset.titles()]
-    prompt, dataset = pipeline.experiment.llm, pipeline.dataset
     examples = []
-    for row in range(min(pipeline.experiment.evaluation.examples, len(users))):
-        first = {name: int(np.argmax(scores[name][row])) for name in scores}
+    for row in range(min(pipeline.experiment.evaluation.examples, len(of.users))):
+        first = {name: int(np.argmax(scores[row])) for name, scores in found.items()}
+        user = int(of.users[row])
         examples.append(
             {
-                "user": dataset.user_keys[users[row]],
-                "history": [titles[i] for i in dataset.history(int(users[row]))[-prompt.history :]],
-                "target": titles[candidates[row, column[row]]],
-                "choices": {name: titles[candidates[row, choice]] for name, choice in first.items()},
-                "hits": {name: bool(choice == column[row]) for name, choice in first.items()},
+                "user": pipeline.dataset.user_keys[user],
+                "history": [titles[i] for i in pipeline.dataset.history(user)[-pipeline.experiment.llm.history :]],
+                "target": titles[of.targets[row]],
+                "choices": {name: titles[of.candidates[row, choice]] for name, choice in first.items()},
+                "hits": {name: bool(choice == of.column[row]) for name, choice in first.items()},
             }
         )
     return examples
 
 
-def conclude(pipeline: Pipeline, scenario: dict[str, Any], differences: dict[str, Any]) -> str:
+def conclude(pipeline: Pipeline, figures: dict[str, Any], differences: dict[str, Any]) -> str:
     """What a reader may conclude, in words that follow from the intervals."""
     x = pipeline.experiment
-    cf, chance, ours = name_of(x.cf), metrics.chance(x.evaluation.candidates), MODEL_LABELS[x.llm.model]
+    named = {**labels.model_labels(about(pipeline)), "llm-only": "the LLM given titles alone"}
 
-    def compare(a: str, b: str, name: str) -> str:
+    def compare(a: str, b: str, pairs: dict[str, Any]) -> str:
         parts = []
         for metric, label in (("hit@1", "Hit@1"), ("ndcg@5", "NDCG@5")):
-            d = differences[a][b][metric]
+            d = pairs[a][b][metric]
             verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "not distinguishable"
             parts.append(f"{verdict} by {label} ({d['value']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f})")
-        return f"against {name}: {' and '.join(parts)}"
+        return f"against {named.get(b, b)}: {' and '.join(parts)}"
 
-    n = scenario["cf"]["hit@1"]["n"]
-    eligible = int(np.sum(pipeline.dataset.has_target("train")))
-    shown = min(eligible, round(x.llm.epochs * eligible))
-    text = (
-        f"On {n} test users, {ours} {compare(x.llm.model, 'llm-only', 'the LLM given titles alone')}; "
-        f"{compare(x.llm.model, 'cf', cf)}. Their mean-rank combination {compare('fused', 'cf', cf)}. "
-        f"{ours} {compare(x.llm.model, 'popularity', 'popularity')}. "
-        f"A random order gives Hit@1 {chance['hit@1']:.3f} and MRR {chance['mrr']:.3f}."
-    )
-    if x.llm.epochs < 1:
+    chance, compared = metrics.chance(x.evaluation.candidates), ("llm-only", "cf", x.llm.model)
+    sentences = []
+    for name, pairs in differences.items():
+        told = [
+            f"{named[a]} {'; '.join(compare(a, b, pairs) for b in compared if b in pairs[a])}."
+            for a in (x.llm.model, "fused")
+            if set(pairs.get(a, ())) & set(compared)
+        ]
+        if told:
+            n = max(figures[name][a]["hit@1"]["n"] for a in figures[name])
+            sentences.append(f"{name}, {n:,} test users: {' '.join(told)}")
+    sentences.append(f"A random order gives Hit@1 {chance['hit@1']:.3f} and MRR {chance['mrr']:.3f}.")
+    text = "\n\n".join(sentences)
+    if x.llm.epochs < 1 and x.llm.model in differences.get("overall", ()):
+        eligible = int(np.sum(pipeline.dataset.has_target("train")))
+        shown = min(eligible, round(x.llm.epochs * eligible))
         text += (
             f"\n\nThe heads F_U and F_I saw {shown} of {eligible} users once, through an LLM of "
             f"{parameters(pipeline) / 1e6:,.0f}M parameters. So short a training shows whether the injected embeddings "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+NEW = "new:"  # in front of a metric: of test items that are not in the history, as no other candidate ever is
 METRIC_LABELS = {
     "hit@1": "Hit@1",
     "hit@5": "Hit@5",
@@ -10,27 +11,32 @@ METRIC_LABELS = {
     "ndcg@5": "NDCG@5",
     "ndcg@10": "NDCG@10",
     "mrr": "MRR",
+    "new:hit@1": "Hit@1, new",
 }
 
-SHOWN = ("hit@1", "hit@5", "ndcg@5", "mrr")  # in tables; metrics.json has them all
+SHOWN = ("hit@1", "hit@5", "ndcg@5", "mrr", "new:hit@1")  # in tables; metrics.json has them all
 COMPARED = ("hit@1", "ndcg@5", "mrr")  # in tables of differences
 
 MODEL_LABELS = {
     "a-llmrec": "A-LLMRec",
     "a-llmrec-q": "A-LLMRec, items from text",
-    "fused": "{cf} + A-LLMRec (mean rank)",
+    "a-llmrec-mixed": "A-LLMRec, cold items from text",
+    "fused": "{cf} + A-LLMRec",
     "cf": "{cf}",
     "llm-only": "LLM only (titles)",
     "mlp-llm": "MLP-LLM",
     "popularity": "Popularity",
-    "repeat": "Repeat",
+    "repeat": "Repeats",
     "markov": "Markov chain",
+    "leak-check": "Copying",
 }
 
 SCENARIO_LABELS = {
     "overall": "All test users",
     "cold-items": "Cold items",
+    "cold-items-by-rule": "Cold items, by the rule",
     "warm-items": "Warm items",
+    "warm-items-by-rule": "Warm items, by the rule",
     "cold-users": "Cold users",
     "few-shot-256": "Trained on 256 users",
     "few-shot-128": "Trained on 128 users",
@@ -38,7 +44,12 @@ SCENARIO_LABELS = {
     "genres": "Genres",
 }
 
-OURS = ("a-llmrec", "a-llmrec-q", "fused")  # drawn in the accent colour, the models compared with in grey
+OURS = (
+    "a-llmrec",
+    "a-llmrec-q",
+    "a-llmrec-mixed",
+    "fused",
+)  # drawn in the accent colour, all others in grey
 
 
 def model_labels(about: Mapping[str, Any]) -> dict[str, str]:
@@ -46,6 +57,23 @@ def model_labels(about: Mapping[str, Any]) -> dict[str, str]:
     cf = clean(about.get("cf") or "CF model")
     known = {key: label.replace("{cf}", cf) for key, label in MODEL_LABELS.items()}
     return known | {key: clean(label) for key, label in (about.get("labels") or {}).items()}
+
+
+def scenario_title(name: str, facts: Mapping[str, Any], candidates: int | None) -> str:
+    """What a scenario's figures are of, from `{"users", "repeats", and what bounds its items}`."""
+    parts = [f"{name}: {facts['users']:,} users"]
+    if "rule" in facts:
+        parts.append(f"test items with {facts['rule']} ({facts['items']:,} items)")
+    elif "least" in facts:
+        end = "fewest" if name.startswith("cold") else "most"
+        parts.append(
+            f"test items among the 35 % of the catalogue with the {end} training interactions ({facts['items']:,} "
+            f"items of {facts['least']:,} to {facts['most']:,})"
+        )
+    parts += [facts["told"]] if facts.get("told") else []
+    parts += [f"{facts['repeats']:,} whose item is in their history"] if facts.get("repeats") else []
+    parts += [f"{candidates} candidates each"] if candidates else []
+    return ", ".join(parts)
 
 
 def clean(text: object) -> str:

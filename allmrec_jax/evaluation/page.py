@@ -16,6 +16,7 @@ from allmrec_jax.evaluation.figures import bar_chart, curve_panel
 from allmrec_jax.evaluation.labels import (
     COMPARED,
     METRIC_LABELS,
+    NEW,
     OURS,
     SCENARIO_LABELS,
     SHOWN,
@@ -24,6 +25,7 @@ from allmrec_jax.evaluation.labels import (
     hits,
     model_labels,
     p_text,
+    scenario_title,
     signed,
 )
 from allmrec_jax.evaluation.metrics import chance
@@ -68,6 +70,7 @@ def render(
     curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
     about: Mapping[str, Any],
     warnings: Sequence[str],
+    facts: Mapping[str, Mapping[str, Any]],
     not_applicable: Mapping[str, str],
     alignment: Mapping[str, Any] | None,
 ) -> str:
@@ -82,7 +85,8 @@ def render(
     for i, (name, scenario) in enumerate(scenarios.items()):
         candidates = about.get("candidates")
         candidates = candidates.get(name) if isinstance(candidates, Mapping) else candidates
-        parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates))
+        who = scenario_title(name, facts[name], candidates) if name in facts else None
+        parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates, who))
     for name, reason in not_applicable.items():
         parts.append(f"<section><h2>{_heading(name)}</h2><p>Not applicable: {_text(reason)}</p></section>")
     if examples:
@@ -120,17 +124,18 @@ def _scenario(
     pairs: Mapping[str, Any],
     labels: Mapping[str, str],
     candidates: Any,
+    who: str | None = None,
 ) -> str:
     """Chart, table and paired differences of one scenario."""
     by_chance = chance(int(candidates)) if candidates else None
     users = sorted({figures["n"] for model in scenario.values() for figures in model.values()})
     told = f"{' to '.join(str(n) for n in dict.fromkeys([users[0], users[-1]]))} users" if users else "no users"
-    told += f", {candidates} candidates each" if candidates else ""
+    told = who or told + (f", {candidates} candidates each" if candidates else "")
     bars = [(labels.get(m, clean(m)), v["hit@1"], m in OURS) for m, v in scenario.items() if "hit@1" in v]
     chart = bar_chart(bars, name=name, metric="Hit@1", chance=by_chance and by_chance["hit@1"]) if bars else ""
     tables = _table(scenario, labels, by_chance) + (_pair_table(pairs, labels) if pairs else "")
     return (
-        f"<section><h2>{_heading(key)}</h2><p>Hit@1 over {_text(told)}. Blue: A-LLMRec and its combinations; grey: "
+        f"<section><h2>{_heading(key)}</h2><p>Hit@1, {_text(told)}. Blue: A-LLMRec and its combinations; grey: "
         f"what it is compared with. The thin line at a bar's end spans its 95 % interval.</p>{chart}{tables}</section>"
     )
 
@@ -143,7 +148,7 @@ def _table(scenario: Mapping[str, Any], labels: Mapping[str, str], by_chance: Ma
         css = ' class="ours"' if model in OURS else ""
         rows.append(f"<tr role='row'{css}>{_row_head(model, labels)}{cells}</tr>")
     if by_chance:
-        cells = "".join(f"<td role='cell'>{by_chance[metric]:.3f}</td>" for metric in metrics)
+        cells = "".join(f"<td role='cell'>{by_chance[metric.removeprefix(NEW)]:.3f}</td>" for metric in metrics)
         rows.append(f'<tr role="row" class="chance"><th role="rowheader" scope="row">Random order</th>{cells}</tr>')
     no_width = any(f["low"] == f["high"] for model in scenario.values() for m, f in model.items() if m in metrics)
     caution = " An interval without width means that all users came out alike, not certainty." if no_width else ""

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from allmrec_jax.evaluation.labels import COMPARED, METRIC_LABELS, SHOWN, clean, hits, model_labels, p_text, signed
+from allmrec_jax.evaluation.labels import (
+    COMPARED,
+    METRIC_LABELS,
+    NEW,
+    SHOWN,
+    clean,
+    hits,
+    model_labels,
+    p_text,
+    signed,
+)
 from allmrec_jax.evaluation.metrics import chance
 from allmrec_jax.files import write_atomically
 
@@ -57,6 +67,7 @@ def write_report(
     curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
     about: Mapping[str, Any],
     warnings: Sequence[str],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
     not_applicable: Mapping[str, str] | None = None,
     alignment: Mapping[str, Any] | None = None,
 ) -> None:
@@ -74,6 +85,7 @@ def write_report(
             number or {NAME: number}: gives the level of chance), "labels" ({MODEL: label}), and "durations" ({what:
             seconds}). "data_name" and "date" stand under the title.
         warnings: sentences the reader must see before the figures.
+        facts: {NAME: who is in it}, see `labels.scenario_title`.
         not_applicable: {NAME: reason} for the scenarios that this data cannot support.
         alignment: stage 1 by itself: "sentences", "ranking" {scenario: {MODEL: ...}} with its "columns" {MODEL: label},
             and "picture", a PNG.
@@ -89,6 +101,7 @@ def write_report(
         curves=curves,
         about=plain(about),
         warnings=warnings,
+        facts=plain(facts or {}),
         not_applicable=not_applicable or {},
         alignment=alignment,
     )
@@ -104,7 +117,7 @@ def metrics_table(
     candidates: int | None = None,
     title: str | None = None,
 ) -> Table:
-    """Models x (Hit@1, Hit@5, NDCG@5, MRR) with 95 % intervals, for the terminal.
+    """Models x (Hit@1, Hit@5, NDCG@5, MRR, Hit@1 of new items) with 95 % intervals, for the terminal.
 
     Args:
         order: models from top to bottom; those without figures are left out.
@@ -112,13 +125,16 @@ def metrics_table(
         candidates: adds a row with the level of chance.
     """
     labels = model_labels(about or {})
-    table = _table(title, "Model", SHOWN)
+    shown = [metric for metric in SHOWN if any(metric in of for of in scenario.values())]
+    table = _table(title, "Model", shown)
     for model in (m for m in order if m in scenario):
-        cells = [_interval(scenario[model].get(metric), "{:.3f}".format, "–") for metric in SHOWN]
+        cells = [_interval(scenario[model].get(metric), "{:.3f}".format, "–") for metric in shown]
         table.add_row(_named(model, labels), *cells)
     if candidates:
         by_chance = chance(candidates)
-        table.add_row(_styled("Random order", "dim"), *(_styled(f"{by_chance[m]:.3f}", "dim") for m in SHOWN))
+        table.add_row(
+            _styled("Random order", "dim"), *(_styled(f"{by_chance[m.removeprefix(NEW)]:.3f}", "dim") for m in shown)
+        )
     return table
 
 
