@@ -202,10 +202,6 @@ class Injection:
     """How F_U and F_I start, and whether they may drift: at random (paper); `matched`: inputs standardised, O_u and O_i
     with the mean and the spread of the LLM's token embeddings; `held`: kept so at every step, and folded into the
     heads' last layers at the end."""
-    pairing: int = 0
-    """Steps ahead of the LLM's, and without it, in which F_U and F_I learn to put O_u near the O_i of the user's next
-    item (0 in the paper). An LLM goes on as it did after a like vector: with `item_place` before and `user_place` last
-    it then leans towards that item's title from the start."""
     batch: int = 4
     micro: int | None = None
     """Users of one pass through the LLM; the gradients of a batch's passes are added up. None is one on CPU, where
@@ -419,7 +415,6 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
         ("llm.logit_rows", values["llm.logit_rows"] is None or values["llm.logit_rows"] >= 1, "at least 1"),
         ("llm.epochs", values["llm.epochs"] > 0, "above 0"),
         ("llm.warmup", values["llm.warmup"] >= 0, "at least 0"),
-        ("llm.pairing", values["llm.pairing"] >= 0, "at least 0"),
         ("evaluation.candidates", values["evaluation.candidates"] >= 2, "at least 2"),
         ("evaluation.users", values["evaluation.users"] is None or values["evaluation.users"] >= 1, "at least 1"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.models import collaborative, params, projection
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import say
-from allmrec_jax.training import loop, pairing
+from allmrec_jax.training import loop
 from allmrec_jax.training.cf import CFModel
 from allmrec_jax.training.checkpoint import Checkpoints, Curves
 from allmrec_jax.training.inject_step import heads_in_use, make_step, settle
@@ -82,26 +82,6 @@ def init_heads(
         return heads
     heads = {"F_U": projection.standardise(F_U, x_u), "F_I": projection.standardise(F_I, e)}
     return settle(heads, x_u, e, projection.token_statistics(tokens))
-
-
-def paired(
-    heads: dict[str, Any],
-    config: Injection,
-    dataset: Dataset,
-    cf: CFModel,
-    x_u: Float[np.ndarray, "users d"],
-    e: Float[np.ndarray, "items joint"],
-    tokens: Float[Array, "vocab h"],
-    key: jax.Array,
-    console: Console,
-) -> dict[str, Any]:
-    """The heads after `config.pairing` steps without the LLM (`training.pairing`)."""
-    frozen = {"x_u": jnp.asarray(x_u), "e": jnp.asarray(e), "tokens": projection.token_statistics(tokens)}
-    at, targets = map(jnp.asarray, pairing.positions(cf, dataset))
-    use = partial(heads_in_use, config=config)
-    heads, losses = pairing.pair(heads, frozen, at, targets, key, use=use, steps=config.pairing)
-    say(console, f"{LABEL}: {config.pairing} steps of pairing O_u with O_i, loss {losses[0]:.2f} to {losses[-1]:.2f}")
-    return heads
 
 
 def freeze(llm: FrozenLLM, mesh: Mesh, **tables: np.ndarray) -> tuple[Any, Any]:
@@ -225,8 +205,6 @@ def train_llm(
     x_u = cf.x_u(dataset.windows(examples.ends, cf.config.maxlen, examples.users), examples.users)
     optimiser, table = make_optimiser(config, steps), llm.weights["weights"]["embed"]
     heads = init_heads(init_key, jnp.asarray(x_u), jnp.asarray(e[1:]), table, config.init)
-    if config.pairing:
-        heads = paired(heads, config, dataset, cf, x_u, e, table, jax.random.fold_in(key, 4), console)
     state = jax.device_put(create(heads, optimiser), NamedSharding(mesh, P()))
     frozen, shardings = freeze(llm, mesh, x_u=x_u, e=e)
     step = make_step(llm.graph, shardings, mesh, optimiser, config)
