@@ -1,6 +1,8 @@
 """Who is tested among what, the trivial models, and the combination: without an LLM, on small invented worlds."""
 
+import csv
 import dataclasses
+import io
 import itertools
 
 import numpy as np
@@ -9,7 +11,7 @@ import tiny
 
 from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import baselines, fused, lists, metrics, scenarios
+from allmrec_jax.evaluation import baselines, breakdown, fused, lists, metrics, paper, scenarios, tables
 from allmrec_jax.evaluation.labels import NEW, scenario_title
 
 N_ITEMS = 60
@@ -219,3 +221,66 @@ def test_fused_learns_where_nobody_has_a_cold_or_a_warm_target(nobody):
     groups[nobody] = np.zeros(40, bool)
     fusion = fused.learn(cf, llm, counts, column, **groups, all_counts=all_counts)
     assert np.isfinite(fusion(cf, llm, counts)).all()
+
+
+# ------------------------------------------------------------------------------ by popularity, calibration, the paper
+
+
+def test_hits_by_popularity_are_those_of_the_rows_in_each_bin(data, drawn):
+    seen = data.train_counts()[drawn.targets]
+    found = breakdown.by_popularity(baselines.score(data, drawn), drawn.column, seen, seed=0, resamples=50)
+    assert sum(b["users"] for b in found["bins"]) == 80
+    assert all(b["users"] >= breakdown.FEWEST for b in found["bins"])
+    hits = metrics.target_ranks(baselines.score(data, drawn)["markov"], drawn.column) == 0
+    for b, point in zip(found["bins"], found["models"]["markov"], strict=True):
+        rows = (seen >= b["least"]) & (seen <= b["most"])
+        assert (point["n"], point["value"]) == (rows.sum(), pytest.approx(hits[rows].mean()))
+
+
+def test_fewer_users_than_a_bin_needs_are_one_bin():
+    assert breakdown.popularity_bins(np.array([7, 3, 900])) == [(3, 900)]
+    assert breakdown.popularity_bins(np.array([1] * 10 + [30])) == [(1, 30)]
+
+
+def test_calibration_of_true_probabilities_has_no_error_and_of_sharper_ones_has():
+    random = np.random.default_rng(5)
+    logits = random.normal(size=(20_000, 5))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    column = (p.cumsum(1) < random.random((20_000, 1))).sum(1)
+    found = breakdown.calibration({"true": logits + 7, "sharp": 4 * logits}, column)
+    assert found["true"]["error"] < 0.01 < 0.05 < found["sharp"]["error"]
+    assert all(abs(b["p"] - b["hit"]) < 0.05 for b in found["true"]["bins"])
+    assert sum(b["n"] for b in found["sharp"]["bins"]) == 100_000
+    assert found["sharp"]["bins"][-1]["hit"] < found["sharp"]["bins"][-1]["p"]
+
+
+def test_the_paper_s_figures_stand_beside_ours_where_it_has_some():
+    ours = {"hit@1": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
+    models = {"popularity": ours, "cf": ours, "a-llmrec": ours, "a-llmrec-q": ours}
+    table = paper.table({"overall": models, "cold-items": models}, cf="SASRec", data_name="amazon-2018-luxury-beauty")
+    assert table["same"] == "Beauty"
+    found = {(row["scenario"], row["model"]): row["paper"][2] for row in table["rows"]}
+    assert found == {
+        ("overall", "cf"): 0.5298,
+        ("overall", "a-llmrec"): 0.5809,
+        ("cold-items", "cf"): 0.1190,
+        ("cold-items", "a-llmrec"): 0.5605,
+        ("cold-items", "a-llmrec-q"): 0.5591,
+    }
+    assert paper.table({"overall": {"popularity": ours}}, cf="SASRec", data_name="x") is None
+    assert paper.beside("overall", "cf", cf="mine", dataset="Beauty") is None
+    assert paper.beside("few-shot-128", "a-llmrec", cf="SASRec", dataset="Movies and TV") == 0.2518
+
+
+def test_csv_and_latex_hold_every_figure(data, drawn):
+    found, _ = scenarios.figures(baselines.score(data, drawn), drawn, np.ones(80, bool), [], seed=0, resamples=50)
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv({"overall": found}))))
+    assert len(rows) == sum(map(len, found.values()))
+    for row in rows:
+        assert float(row["value"]) == found[row["model"]][row["metric"]]["value"]
+    facts = {"overall": {"users": 80, "repeats": 3}}
+    text = tables.to_latex({"overall": found}, facts, {"labels": {"markov": "A & B_1 50 %"}})
+    assert r"A \& B\_1 50 \%" in text
+    best = max(of["mrr"]["value"] for of in found.values())
+    assert rf"\textbf{{{best:.3f}}}" in text
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from allmrec_jax.evaluation import figures, labels, metrics, report
+from allmrec_jax.evaluation import figures, labels, metrics, paper, report
 
 MODELS = ("fused", "a-llmrec", "cf", "llm-only", "popularity")
 HOSTILE = "<script>alert('x')</script>\"><img src=https://evil.example/x onerror=alert(1)>"
@@ -67,6 +67,12 @@ def run():
             "ranking": {"overall": summary},
             "picture": b"\x89PNG",
         },
+        "by_popularity": {
+            "bins": [{"least": 0, "most": 0, "users": 15}, {"least": 1, "most": 99, "users": 25}],
+            "models": {model: [of["hit@1"], of["hit@1"]] for model, of in summary.items()},
+        },
+        "calibration": {model: {"bins": [{"p": 0.2, "hit": 0.1, "n": 800}], "error": 0.1} for model in MODELS},
+        "paper": paper.table({"overall": summary}, cf="SASRec", data_name=f"Beauty {HOSTILE}"),
     }
 
 
@@ -251,7 +257,7 @@ def test_page_is_well_formed_and_accessible(page):
     ids = [a["id"] for _, a in elements.found if "id" in a]
     assert len(ids) == len(set(ids))
     for tag, attributes in elements.found:
-        if tag == "svg":
+        if tag == "svg" and attributes.get("aria-hidden") != "true":
             assert attributes["role"] == "img"
             assert attributes.get("aria-label") or all(i in ids for i in attributes["aria-labelledby"].split())
         if tag == "th":

@@ -18,13 +18,28 @@ from rich.console import Console
 
 from allmrec_jax.config import Injection, as_dict
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import alignment, baselines, fused, labels, lists, metrics, report, scenarios, scores
+from allmrec_jax.evaluation import (
+    alignment,
+    baselines,
+    breakdown,
+    fused,
+    labels,
+    lists,
+    metrics,
+    paper,
+    report,
+    scenarios,
+    scores,
+    tables,
+)
 from allmrec_jax.evaluation.lists import Lists
+from allmrec_jax.files import write_atomically
 from allmrec_jax.pipeline import Pipeline
 from allmrec_jax.training.cf import name_of
 
 TRIVIAL = baselines.NAMES  # in every table, whatever is asked for
 ORDER = (*TRIVIAL, "cf", "llm-only", "mlp-llm", "a-llmrec", "a-llmrec-q", "a-llmrec-mixed", "fused")
+WIDE = 110  # columns of a terminal that has room for all of `labels.SHOWN`
 SHOWN_EXAMPLES = 5  # on the terminal; the page has them all
 PAIRS = (
     ("a-llmrec", "llm-only"),
@@ -182,6 +197,12 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
         results["alignment"] = alignment.report(
             pipeline.aligned, pipeline.cf, dataset, pipeline.workdir / "align", seed=x.seed, console=pipeline.console
         )
+    if "test" in scored:
+        of, found = scored["test"]
+        seen = dataset.train_counts()[of.targets]
+        results["by_popularity"] = breakdown.by_popularity(found, of.column, seen, **options)
+        some = {name: scores for name, scores in found.items() if name not in TRIVIAL}
+        results["calibration"] = breakdown.calibration(some, of.column)
     results["conclusion"] = conclude(pipeline, figures, differences)
     return results
 
@@ -202,7 +223,7 @@ def about(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
-    """Writes `report.html`, then `metrics.json`, each atomically."""
+    """Writes `report.html`, `metrics.csv` and `metrics.tex`, then `metrics.json`, each atomically."""
     about = {k: v for k, v in results["about"].items() if k not in ("identity", "asked")}
     stage_1 = results.get("alignment")
     report.write_report(
@@ -221,7 +242,16 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         facts=results["facts"],
         not_applicable=results["not_applicable"],
         alignment=stage_1 and alignment.for_page(stage_1, workdir / "align"),
+        by_popularity=results.get("by_popularity"),
+        calibration=results.get("calibration"),
+        paper=paper.table(results["scenarios"], cf=about["cf"], data_name=about["data_name"]),
     )
+    for name, text in (
+        ("metrics.csv", tables.to_csv(results["scenarios"])),
+        ("metrics.tex", tables.to_latex(results["scenarios"], results["facts"], about)),
+    ):
+        with write_atomically(workdir / name) as file:
+            file.write(text.encode())
     rest = {k: v for k, v in results.items() if k != "scenarios"}
     report.write_metrics(workdir / "metrics.json", results["scenarios"], **rest)
 
@@ -231,7 +261,9 @@ def show(results: dict[str, Any], console: Console, workdir: Path) -> None:
     about = results["about"]
     for name, scenario in results["scenarios"].items():
         title = labels.scenario_title(name, results["facts"][name], about["candidates"])
-        console.print(report.metrics_table(scenario, ORDER, about=about, candidates=about["candidates"], title=title))
+        shown = labels.SHOWN if console.width >= WIDE else labels.SHOWN[:-1]
+        options = {"about": about, "candidates": about["candidates"], "title": title, "metrics": shown}
+        console.print(report.metrics_table(scenario, ORDER, **options))
         console.print(report.differences_table(results["differences"][name], about=about, title="Paired differences"))
     for name, reason in results["not_applicable"].items():
         console.print(f"{name}: not applicable: {reason}", markup=False)
@@ -246,7 +278,8 @@ def make_examples(pipeline: Pipeline, of: Lists, found: dict[str, np.ndarray]) -
     titles = ["No Title" if title is None else title for title in pipeline.dataset.titles()]
     examples = []
     for row in range(min(pipeline.experiment.evaluation.examples, len(of.users))):
-        first = {name: int(np.argmax(scores[row])) for name, scores in found.items()}
+        shown = {name: scores for name, scores in found.items() if name not in TRIVIAL[1:]}
+        first = {name: int(np.argmax(scores[row])) for name, scores in shown.items()}
         user = int(of.users[row])
         examples.append(
             {
@@ -276,6 +309,8 @@ def conclude(pipeline: Pipeline, figures: dict[str, Any], differences: dict[str,
     chance, compared = metrics.chance(x.evaluation.candidates), ("llm-only", "cf", x.llm.model)
     sentences = []
     for name, pairs in differences.items():
+        if name.endswith(scenarios.BY_RULE):
+            continue
         told = [
             f"{named[a]} {'; '.join(compare(a, b, pairs) for b in compared if b in pairs[a])}."
             for a in (x.llm.model, "fused")

@@ -5,9 +5,11 @@ drawing scaled as a whole would be unreadable on a phone. Colours come from the 
 Everything a chart shows is also in a table or in its text alternative.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -112,6 +114,83 @@ def curve_panel(stage: str, name: str, steps: ArrayLike, values: ArrayLike) -> s
             f'<p class="note">{escape("; ".join(notes))}</p>' if notes else "",
             "</figure>",
         ]
+    )
+
+
+def line_chart(
+    lines: Sequence[tuple[str, Sequence[Mapping[str, float]]]], ticks: Sequence[str], *, name: str, title: str, x: str
+) -> str:
+    """Lines over named places on the x axis, from 0 up, with 95 % intervals as whiskers and a legend.
+
+    Args:
+        lines: (label, {"value", "low", "high"} at each place), of at most as many as the style sheet has styles (8).
+        ticks: what the places are called; x: what they are; title: what the lines are of.
+    """
+    top, height, left = 10, 240, 8.0
+    end = _axis_end(max(point["high"] for _, points in lines for point in points))
+    places = [left + (100 - left) * (i + 0.5) / len(ticks) for i in range(len(ticks))]
+
+    def y(value: float) -> float:
+        return top + height * (1 - min(max(value, 0.0), end) / end)
+
+    parts = []
+    for i in range(6):
+        value = end * i / 5
+        parts.append(f'<line class="grid" x1="{left}%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 1}%" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2g}</text>')
+    for at, tick in zip(places, ticks, strict=True):
+        row = f'x="{at:.2f}%" y="{top + height + 18}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {row}>{escape(tick)}</text>')
+    parts.append(f'<text class="tick" x="100%" y="{top + height + 36}" text-anchor="end">{escape(x)}</text>')
+    told = []
+    for k, (label, points) in enumerate(lines):
+        # Whiskers of several lines at one place stand beside each other.
+        shifted = [at + (k - (len(lines) - 1) / 2) * 0.7 for at in places]
+        spots = [(at, y(point["value"])) for at, point in zip(shifted, points, strict=True)]
+        for (a, b), (c, d) in itertools.pairwise(spots):
+            parts.append(f'<line class="line l{k}" x1="{a:.2f}%" y1="{b:.1f}" x2="{c:.2f}%" y2="{d:.1f}"/>')
+        for (at, middle), point in zip(spots, points, strict=True):
+            ends = f'y1="{y(point["low"]):.1f}" y2="{y(point["high"]):.1f}"'
+            parts.append(f'<line class="spread l{k}" x1="{at:.2f}%" x2="{at:.2f}%" {ends}/>')
+            parts.append(f'<circle class="dot l{k}" cx="{at:.2f}%" cy="{middle:.1f}" r="3.5"/>')
+        told.append("{}: {}".format(label, ", ".join(f"{point['value']:.3f}" for point in points)))
+    legend = "".join(
+        f'<span class="entry"><svg width="28" height="12" aria-hidden="true"><line class="line l{k}" x1="1" x2="27" '
+        f'y1="6" y2="6"/><circle class="dot l{k}" cx="14" cy="6" r="3.5"/></svg> {escape(label)}</span>'
+        for k, (label, _) in enumerate(lines)
+    )
+    return (
+        f'<svg class="lines" width="100%" height="{top + height + 44}" role="img" aria-labelledby="{name}-t {name}-d">'
+        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape("; ".join(told))}</desc>'
+        f'{"".join(parts)}</svg><p class="legend">{legend}</p>'
+    )
+
+
+def reliability_panel(label: str, found: Mapping[str, Any]) -> str:
+    """How often a candidate is the target (upwards) against the probability that its score gives it (rightwards).
+
+    The dashed diagonal is where both agree; a dot is the larger the more candidates it stands for.
+
+    Args:
+        found: {"bins": [{"p", "hit", "n"}], "error"}, see `breakdown.calibration`.
+    """
+    bins = found["bins"]
+    line = " ".join(f"{100 * b['p']:.2f},{100 - 100 * b['hit']:.2f}" for b in bins)
+    told = "; ".join(f"{b['p']:.2f}: {b['hit']:.2f} of {b['n']}" for b in bins)
+    dots = "".join(
+        f'<circle class="dot l0" cx="{100 * b["p"]:.2f}%" cy="{100 - 100 * b["hit"]:.2f}%" '
+        f'r="{min(7, 2 + math.log10(b["n"])):.1f}"/>'
+        for b in bins
+    )
+    return (
+        f'<figure class="panel"><figcaption>{escape(label)} <span>error {found["error"]:.3f}</span></figcaption>'
+        '<div class="plot square"><div class="y" aria-hidden="true"><span>1</span><span>.5</span><span>0</span></div>'
+        f'<div class="layers" role="img" aria-label="{escape(f"{label}: {told}")}">'
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">'
+        '<line class="grid" x1="0" x2="100" y1="0" y2="0"/><line class="grid" x1="0" x2="100" y1="100" y2="100"/>'
+        f'<line class="diagonal" x1="0" x2="100" y1="100" y2="0"/><polyline class="curve" points="{line}"/></svg>'
+        f'<svg aria-hidden="true">{dots}</svg></div>'
+        '<div class="x" aria-hidden="true"><span>0</span><span>probability</span><span>1</span></div></div></figure>'
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from allmrec_jax.evaluation.figures import bar_chart, curve_panel
+from allmrec_jax.evaluation.figures import bar_chart, curve_panel, line_chart, reliability_panel
 from allmrec_jax.evaluation.labels import (
     COMPARED,
     METRIC_LABELS,
@@ -40,10 +40,20 @@ HOW_TO_COMPARE = (
     "above. In parentheses: the 95 % bootstrap interval. p: two-sided, from a paired sign-flip permutation test; no "
     "correction for looking at several pairs."
 )
+HOW_TO_CALIBRATE = (
+    "Each candidate of each test user is a case: rightwards the probability that the softmax of the user's scores gives "
+    "it, upwards how often such candidates are the item taken next. On the dashed line scores mean what they say; "
+    "above it the model is too timid, below it too sure. Error: the mean distance to the line, over all cases."
+)
+HOW_TO_READ_PAPER = (
+    "Hit@1. Ours with its 95 % interval; the paper's as it prints them, with OPT-6.7B and one positive among 20 "
+    "candidates."
+)
 HOW_TO_ALIGN = (
     "Hit@1 among 20 candidates, of all test users, without a language model: f_I's decoder takes an item's e (from the "
     "CF model) or q (from its text) back to where the CF model's items stand. In the picture e and q are in one plane."
 )
+CURVES = ("fused", "popularity", "llm-only", "a-llmrec", "cf", "mlp-llm", "a-llmrec-q", "a-llmrec-mixed")  # by style
 HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -73,6 +83,9 @@ def render(
     facts: Mapping[str, Mapping[str, Any]],
     not_applicable: Mapping[str, str],
     alignment: Mapping[str, Any] | None,
+    by_popularity: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
+    paper: Mapping[str, Any] | None,
 ) -> str:
     """The whole page. The arguments are those of `report.write_report`, as plain values."""
     labels = model_labels(about)
@@ -89,6 +102,14 @@ def render(
         parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates, who))
     for name, reason in not_applicable.items():
         parts.append(f"<section><h2>{_heading(name)}</h2><p>Not applicable: {_text(reason)}</p></section>")
+    if by_popularity:
+        parts.append(_by_popularity(by_popularity, labels))
+    if paper:
+        parts.append(_paper(paper, labels))
+    if calibration:
+        panels = "".join(reliability_panel(labels.get(m, clean(m)), found) for m, found in calibration.items())
+        told = f'<p class="note">{_text(HOW_TO_CALIBRATE)}</p>'
+        parts.append(f'<section><h2>Calibration</h2><div class="panels">{panels}</div>{told}</section>')
     if examples:
         parts.append(f"<section><h2>Example users</h2>{''.join(_example(e, labels) for e in examples)}</section>")
     if alignment:
@@ -218,6 +239,49 @@ def _example(example: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         f'<div class="halves"><div><h4>History, oldest first</h4><ol>{history}</ol></div>'
         f"<div><h4>First choice of each model</h4><table>{''.join(rows)}</table></div></div></article>"
     )
+
+
+def _by_popularity(found: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Hit@1 from cold to warm targets: a chart, and the same as a table."""
+    drawn = [name for name in CURVES if name in found["models"]]
+    ticks = [f"{b['least']:,}" if b["least"] == b["most"] else f"{b['least']:,}–{b['most']:,}" for b in found["bins"]]
+    lines = [(labels.get(name, clean(name)), found["models"][name]) for name in drawn]
+    x = "training interactions of the test item"
+    chart = line_chart(lines, ticks, name="pop", title=f"Hit@1 by {x}", x=x)
+    rows = []
+    for name, points in found["models"].items():
+        css = ' class="ours"' if name in OURS else ""
+        rows.append(f"<tr role='row'{css}>{_row_head(name, labels)}{''.join(map(_cell, points))}</tr>")
+    columns = ["Model", *(f"{tick} ({b['users']:,} users)" for tick, b in zip(ticks, found["bins"], strict=True))]
+    table = _wide("Hit@1 by popularity", columns, rows, "Hit@1 in bins of the test item's training interactions.")
+    return (
+        "<section><h2>From cold to warm items</h2>"
+        f"{chart}<details><summary>The same as a table</summary>{table}</details></section>"
+    )
+
+
+def _paper(found: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Our Hit@1 beside the paper's on each of its data sets."""
+    rows = []
+    for row in found["rows"]:
+        head = f"{_text(row['scenario'])}, {_label(row['model'], labels)}"
+        theirs = []
+        for name, figure in zip(found["columns"], row["paper"], strict=True):
+            shown = "–" if figure is None else f"{figure:.3f}"
+            if figure is not None and name == found["same"]:
+                shown += f"<small>ours {signed(row['ours']['value'] - figure)}</small>"
+            theirs.append(f"<td role='cell'>{shown}</td>")
+        rows.append(
+            f"<tr role='row'><th role='rowheader' scope='row'>{head}</th>{_cell(row['ours'])}{''.join(theirs)}</tr>"
+        )
+    same = found["same"]
+    told = HOW_TO_READ_PAPER + (
+        f" Our data set is its {same}."
+        if same
+        else " Our data set is none of its own: only the pattern can be compared."
+    )
+    columns = ["Scenario, model", "Ours", *found["columns"]]
+    return f"<section><h2>Beside the paper</h2>{_wide('Beside the paper', columns, rows, told)}</section>"
 
 
 def _alignment(sentences: Sequence[str], columns: Mapping[str, str], ranking: Mapping[str, Any], picture: bytes) -> str:

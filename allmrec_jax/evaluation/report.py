@@ -70,6 +70,9 @@ def write_report(
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     not_applicable: Mapping[str, str] | None = None,
     alignment: Mapping[str, Any] | None = None,
+    by_popularity: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    paper: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the evaluation as one HTML page that needs no other file and no network, atomically.
 
@@ -89,6 +92,8 @@ def write_report(
         not_applicable: {NAME: reason} for the scenarios that this data cannot support.
         alignment: stage 1 by itself: "sentences", "ranking" {scenario: {MODEL: ...}} with its "columns" {MODEL: label},
             and "picture", a PNG.
+        by_popularity, calibration: see `breakdown`.
+        paper: our figures beside the paper's, see `paper.table`.
     """
     from allmrec_jax.evaluation.page import render
 
@@ -104,6 +109,9 @@ def write_report(
         facts=plain(facts or {}),
         not_applicable=not_applicable or {},
         alignment=alignment,
+        by_popularity=plain(by_popularity),
+        calibration=plain(calibration),
+        paper=plain(paper),
     )
     with write_atomically(path) as file:
         file.write(page.encode())
@@ -116,8 +124,9 @@ def metrics_table(
     about: Mapping[str, Any] | None = None,
     candidates: int | None = None,
     title: str | None = None,
+    metrics: Sequence[str] = SHOWN,
 ) -> Table:
-    """Models x (Hit@1, Hit@5, NDCG@5, MRR, Hit@1 of new items) with 95 % intervals, for the terminal.
+    """Models x metrics with 95 % intervals, for the terminal.
 
     Args:
         order: models from top to bottom; those without figures are left out.
@@ -125,7 +134,7 @@ def metrics_table(
         candidates: adds a row with the level of chance.
     """
     labels = model_labels(about or {})
-    shown = [metric for metric in SHOWN if any(metric in of for of in scenario.values())]
+    shown = [metric for metric in metrics if any(metric in of for of in scenario.values())]
     table = _table(title, "Model", shown)
     for model in (m for m in order if m in scenario):
         cells = [_interval(scenario[model].get(metric), "{:.3f}".format, "–") for metric in shown]
