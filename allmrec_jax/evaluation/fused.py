@@ -56,11 +56,6 @@ class Fusion:
         """The fused scores; `counts` are the candidates' training interactions."""
         return features(cf, llm, counts, self.scales, self.popularity) @ self.theta
 
-    def weights(self, counts: Int[np.ndarray, " n"]) -> dict[str, Float[np.ndarray, " n"]]:
-        """How much the score rises with each model's, around a list's mean, at these training interactions."""
-        t = standardised(counts, self.popularity)
-        return {"cf": self.theta[0] + self.theta[1] * t, "llm": self.theta[2] + self.theta[3] * t}
-
     def facts(self) -> dict[str, Any]:
         """For people and for metrics.json."""
         return {

@@ -41,9 +41,9 @@ HOW_TO_COMPARE = (
     "correction for looking at several pairs."
 )
 HOW_TO_CALIBRATE = (
-    "Each candidate of each test user is a case: rightwards the probability that the softmax of the user's scores gives "
-    "it, upwards how often such candidates are the item taken next. On the dashed line scores mean what they say; "
-    "above it the model is too timid, below it too sure. Error: the mean distance to the line, over all cases."
+    "Each candidate of each test user is a case: rightwards the probability that the softmax of the user's scores "
+    "gives it, upwards how often such candidates are the item taken next. On the dashed line scores mean what they say;"
+    " above it the model is too timid, below it too sure. Error: the mean distance to the line, over all cases."
 )
 HOW_TO_READ_PAPER = (
     "Hit@1. Ours with its 95 % interval; the paper's as it prints them, with OPT-6.7B and one positive among 20 "
