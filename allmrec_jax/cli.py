@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "\n  overall                  the test item among random items that the user never interacted with"
         "\n  cold-items, warm-items   those of overall whose item is among the 35 % seen least (most) in training"
         "\n  cold-users               users with three interactions, left out of all training"
+        "\n  few-shot-256, -128       all stages are trained again on so many users, in a folder of the work directory"
         "\nFields of the evaluation may be overridden: --evaluation.users 1000",
     )
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
@@ -193,7 +194,7 @@ def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     experiment = cli_fields.override(experiment, rest, prog="allmrec evaluate")
     asked = {}
     if arguments.scenario:
-        asked["names"] = scenarios.asked(arguments.scenario)
+        asked["names"] = scenarios.asked(arguments.scenario, experiment.data.few_shot)
     if arguments.models or "all" in (arguments.scenario or ()):
         asked["models"] = evaluate.chosen_models(arguments.models or ["all"], experiment.llm)
     run_all(experiment, arguments.workdir, **asked)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from allmrec_jax.errors import UserError
 
+FEW_SHOT = (256, 128)  # users of the few-shot scenarios
+
 
 @dataclass(frozen=True)
 class Data:
@@ -26,6 +28,8 @@ class Data:
     """How raw files are filtered (docs: data recipes)."""
     strip_years: bool = False
     """Take a year in brackets off the end of titles: "Heat (1995)" becomes "Heat", half the prompt's tokens."""
+    few_shot: int | None = None
+    """Train all stages on so many users alone, 256 or 128 (the data set's scenario); everybody is tested."""
 
 
 @dataclass(frozen=True)
@@ -400,6 +404,7 @@ def _rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
             values["cf.width"] % max(1, values["cf.heads"]) == 0,
             f"a divisor of cf.width {values['cf.width']}",
         ),
+        ("data.few_shot", values["data.few_shot"] in (None, *FEW_SHOT), f"None, {' or '.join(map(str, FEW_SHOT))}"),
         ("align.chunk", values["align.chunk"] is None or values["align.chunk"] >= 1, "at least 1"),
         ("llm.candidates", values["llm.candidates"] >= 2, "at least 2"),
         (

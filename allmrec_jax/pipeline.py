@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -63,9 +64,25 @@ class Pipeline:
     def __init__(self, experiment: Experiment, workdir: Path, *, console: Console | None = None):
         self.experiment, self.workdir, self.console = experiment, Path(workdir), console or Console()
         self.seconds: dict[str, float] = {}
+        self._lender: Pipeline | None = None
+
+    def within(self, name: str, **changes: Any) -> Pipeline:
+        """One in the folder `name` of this work directory, its experiment changed: the same data set, the same LLM in
+        memory."""
+        other = Pipeline(dataclasses.replace(self.experiment, **changes), self.workdir / name, console=self.console)
+        other._lender = self
+        return other
 
     @functools.cached_property
     def dataset(self) -> Dataset:
+        """The prepared data set; of `data.few_shot` users to train on, if so many only."""
+        k = self.experiment.data.few_shot
+        return self._whole if k is None else self._whole.few_shot(k)
+
+    @functools.cached_property
+    def _whole(self) -> Dataset:
+        if self._lender is not None:
+            return self._lender._whole
         config = self.experiment.data
         if (Path(config.name) / MANIFEST).is_file():
             dataset = open_dataset(config.name)
@@ -187,6 +204,8 @@ class Pipeline:
 
     @functools.cached_property
     def llm(self) -> FrozenLLM:
+        if self._lender is not None:
+            return self._lender.llm
         rules = FULLY_SHARDED if self.experiment.devices.shard_weights else AXIS_RULES
         return load_llm(self.llm_folder, dtype=jnp.dtype(self.llm_dtype), mesh=self.mesh, rules=rules)
 

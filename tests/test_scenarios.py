@@ -62,6 +62,27 @@ def test_few_shot_users_are_seeded_nested_and_can_be_trained_on(tmp_path):
     assert other.fingerprint == data.fingerprint
 
 
+def test_few_shot_training_sees_its_users_alone_and_tests_everybody(tmp_path):
+    data = make(tmp_path / "d", [6, 3, 2] * 70)
+    few, chosen = data.few_shot(128), set(data.scenario("few-shot-128").users.tolist())
+    train = [data.items[data.offsets[u] :][: data.n_train[u]] for u in sorted(chosen)]
+    np.testing.assert_array_equal(few.train_counts(), np.bincount(np.concatenate(train), minlength=21))
+    assert few.n_trained == 128
+    assert set(few.examples()[0].tolist()) == chosen
+    assert set(np.asarray(training_data(few)["users"]).tolist()) == chosen
+    assert set(np.asarray(training_data(few, refit=True)["users"]).tolist()) == chosen
+    for split in ("train", "validation"):
+        assert set(np.flatnonzero(few.has_target(split)).tolist()) <= chosen
+        assert set(np.flatnonzero(few.targets(split)).tolist()) <= chosen
+    # What is asked, and what is known of who is asked, is the same.
+    np.testing.assert_array_equal(few.targets("test"), data.targets("test"))
+    for split in ("train", "validation", "test"):
+        np.testing.assert_array_equal(few.distinct(split)[0], data.distinct(split)[0])
+    np.testing.assert_array_equal(few.histories(np.arange(1, 211), 4), data.histories(np.arange(1, 211), 4))
+    with pytest.raises(UserError, match="few-shot-256 does not apply to d: only 140 users can be trained on"):
+        data.few_shot(256)
+
+
 def test_scenarios_that_do_not_apply_say_why(tmp_path, capsys):
     data = make(tmp_path / "d", [2, 2], texts=False)
     why = {name: entry["reason"] for name, entry in data.manifest["scenarios"].items()}

@@ -23,6 +23,7 @@ that counts or draws can see them.
                               '--------- target of "train"       its history: the t before it
 """
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Dataset:
     times: Int64[np.ndarray, " n_interactions"] | None
     ratings: Float32[np.ndarray, " n_interactions"] | None
     cold_items: Int32[np.ndarray, "n_cold 3"]
+    trained_on: Integer[np.ndarray, " some"] | None = None
+    """The only users that training, counting and validation see; None: all of them. Test targets are there for all."""
 
     @property
     def name(self) -> str:
@@ -83,13 +86,38 @@ class Dataset:
 
     @functools.cached_property
     def n_train(self) -> Int64[np.ndarray, " users"]:
-        """Number of training items of each user: n - 2 if n >= 3, else n; entry 0 is 0."""
+        """Number of training items of each user: n - 2 if n >= 3, else n; entry 0 is 0. 0 for who is not trained on."""
+        return np.where(self._may_train, self._first_held_out, 0)
+
+    @property
+    def n_trained(self) -> int:
+        """How many users there are to train on."""
+        return self.n_users if self.trained_on is None else len(self.trained_on)
+
+    @functools.cached_property
+    def _may_train(self) -> Bool[np.ndarray, " users"]:
+        users = np.arange(self.n_users + 1)
+        return np.ones(len(users), bool) if self.trained_on is None else np.isin(users, self.trained_on)
+
+    @functools.cached_property
+    def _first_held_out(self) -> Int64[np.ndarray, " users"]:
+        """Where in each user's sequence the validation item stands, or the sequence ends."""
         return np.where(self.lengths >= 3, self.lengths - 2, self.lengths)
+
+    def few_shot(self, k: int) -> "Dataset":
+        """The same with `k` users to train on, those of the stored scenario `few-shot-k`, and everybody to test.
+
+        Raises:
+          UserError: if there is no such scenario, or it does not apply.
+        """
+        return dataclasses.replace(self, trained_on=np.asarray(self.scenario(f"few-shot-{k}").users))
 
     def has_target(self, split: str) -> Bool[np.ndarray, " users"]:
         """Whether the user has a target in this split. For "train": at least one training item before it, too."""
         _check_split(split)
-        return self.n_train >= 2 if split == "train" else self.lengths >= 3
+        if split == "train":
+            return self.n_train >= 2
+        return (self.lengths >= 3) & (self._may_train | (split == "test"))
 
     def history_end(self, split: str) -> Int64[np.ndarray, " users"]:
         """Where each user's history for `split` ends: a position in `items`, exclusive; indexed by user id.
@@ -204,15 +232,16 @@ class Dataset:
         return np.bincount(self.items[self.is_train], minlength=self.n_items + 1)
 
     def distinct(self, split: str = "train") -> tuple[Int32[np.ndarray, " flat"], Int64[np.ndarray, " offsets"]]:
-        """Each user's distinct items, ascending, as a flat array with offsets.
+        """Each user's distinct items, ascending, as a flat array with offsets, also of users who are not trained on.
 
-        "train": of the training items; "validation": plus the validation item; "test": plus the test item, i.e.
+        "train": of the items before the validation item; "validation": with that; "test": with the test item, too, i.e.
         everything that the user ever interacted with.
         """
         _check_split(split)
-        keep = np.ones(self.n_interactions, bool) if split == "test" else self.is_train.copy()
-        if split == "validation":
-            keep[self.history_end(split)[self.has_target(split)]] = True
+        ends = {"train": self._first_held_out, "test": self.lengths}.get(split)
+        if ends is None:
+            ends = np.where(self.lengths >= 3, self.lengths - 1, self.lengths)
+        keep = np.arange(self.n_interactions) < np.repeat(self.offsets[:-1] + ends, self.lengths)
         pairs = np.unique(self.users_of_items()[keep].astype(np.int64) * (self.n_items + 1) + self.items[keep])
         users, items = np.divmod(pairs, self.n_items + 1)
         counts = np.bincount(users, minlength=self.n_users + 1)

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from allmrec_jax.config import FEW_SHOT
+
 if TYPE_CHECKING:
     from allmrec_jax.data.dataset import Dataset
 
 SHARE = 35  # per cent
 FEW = 5
-FEW_SHOT = (256, 128)
 COLD_LENGTH = 3
 
 NAMES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -35,6 +36,7 @@ from allmrec_jax.evaluation import (
 from allmrec_jax.evaluation.lists import Lists
 from allmrec_jax.files import write_atomically
 from allmrec_jax.pipeline import Pipeline
+from allmrec_jax.progress import say
 from allmrec_jax.training.cf import name_of
 
 TRIVIAL = baselines.NAMES  # in every table, whatever is asked for
@@ -103,11 +105,12 @@ def learn_fusion(pipeline: Pipeline) -> fused.Fusion | str:
 
 
 def evaluate(
-    pipeline: Pipeline, names: Sequence[str] = scenarios.FREE, models: Sequence[str] | None = None
+    pipeline: Pipeline, names: Sequence[str] | None = None, models: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Runs the scenarios that are named and writes `metrics.json` and `report.html`.
 
     Args:
+      names: by default those that need no list of their own.
       models: by default those that go through the LLM once a user.
 
     What `metrics.json` holds of this experiment already stays in it, figures of further scenarios and models are added;
@@ -115,7 +118,7 @@ def evaluate(
     """
     x = pipeline.experiment
     models = ("cf", "llm-only", x.llm.model, "fused") if models is None else models
-    names, models = scenarios.asked(names), chosen_models(models, x.llm)
+    names, models = scenarios.asked(names, x.data.few_shot), chosen_models(models, x.llm)
     shown = {name: getattr(x.evaluation, name) for name in ("users", "validation_users", "resamples", "examples")}
     identity = json.loads(json.dumps(pipeline.identity("evaluation") | {"report": shown}))
     before = read(pipeline, identity)
@@ -154,9 +157,12 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
     x, dataset = pipeline.experiment, pipeline.dataset
     options = {"seed": x.seed, "resamples": x.evaluation.resamples}
     not_applicable = {name: why for name in names if (why := scenarios.why_not(dataset, name)) is not None}
+    possible = [name for name in names if name not in not_applicable]
+    elsewhere = [name for name in possible if name.startswith("few-shot") and x.data.few_shot is None]
+    here = [name for name in possible if name not in elsewhere]
     scored: dict[str, tuple[Lists, dict[str, np.ndarray]]] = {}
-    fusion = learn_fusion(pipeline) if "fused" in models and len(not_applicable) < len(names) else None
-    for group in dict.fromkeys(scenarios.ROWS[name] for name in names if name not in not_applicable):
+    fusion = learn_fusion(pipeline) if "fused" in models and here else None
+    for group in dict.fromkeys(scenarios.ROWS[name] for name in here):
         of = draw_lists(pipeline, group)
         more = ("cf", x.llm.model) if "fused" in models else ()
         found = scores.score(pipeline, of, dict.fromkeys((*models, *more)))
@@ -167,9 +173,7 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
     figures: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    for name in names:
-        if name in not_applicable:
-            continue
+    for name in here:
         of, found = scored[scenarios.ROWS[name]]
         for part, what in scenarios.parts(dataset, name, of).items():
             if not what.rows.any():
@@ -178,6 +182,11 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
             figures[part], differences[part] = scenarios.figures(found, of, what.rows, PAIRS, **options)
             repeats = int((of.repeats & what.rows).sum())
             facts[part] = {"users": int(what.rows.sum()), "of": len(of.users), "repeats": repeats, **what.facts}
+    for name in elsewhere:
+        other = trained_within(pipeline, name, models)
+        for known, part in ((figures, "scenarios"), (differences, "differences"), (facts, "facts")):
+            known |= other[part]
+    figures = {name: figures[name] for name in order_of(figures)}
     trained = set(models) & {*scores.INJECTED, "fused"}
     stages = ["cf", *["align"] * (x.llm.item_vectors == "e"), "llm"] if trained else ["cf"]
     results = {
@@ -205,6 +214,22 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
         results["calibration"] = breakdown.calibration(some, of.column)
     results["conclusion"] = conclude(pipeline, figures, differences)
     return results
+
+
+def trained_within(pipeline: Pipeline, name: str, models: Sequence[str]) -> dict[str, Any]:
+    """The evaluation of a scenario whose models are trained otherwise, in a folder of the work directory."""
+    k = int(name.removeprefix("few-shot-"))
+    other = pipeline.within(name, data=dataclasses.replace(pipeline.experiment.data, few_shot=k))
+    say(pipeline.console, f"{name}: all stages on {k} users, in {other.workdir}")
+    found = evaluate(other, (name,), models)
+    pipeline.seconds |= {f"{name}, {stage}": seconds for stage, seconds in other.seconds.items()}
+    return found
+
+
+def order_of(figures: Iterable[str]) -> list[str]:
+    """Scenarios in the order of `scenarios.NAMES`, each with those beside it."""
+    places = {name: place for place, name in enumerate(scenarios.NAMES)}
+    return sorted(figures, key=lambda name: (places[name.removesuffix(scenarios.BY_RULE)], name))
 
 
 def about(pipeline: Pipeline) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from allmrec_jax.config import FEW_SHOT
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.scenarios import FEW
 from allmrec_jax.errors import UserError
@@ -23,7 +24,13 @@ from allmrec_jax.evaluation.labels import NEW
 from allmrec_jax.evaluation.lists import Lists
 
 BY_RULE = "-by-rule"
-ROWS = {"overall": "test", "cold-items": "test", "warm-items": "test", "cold-users": "cold-users"}  # whose rows
+ROWS = {  # whose rows
+    "overall": "test",
+    "cold-items": "test",
+    "warm-items": "test",
+    "cold-users": "cold-users",
+    **{f"few-shot-{k}": "test" for k in FEW_SHOT},
+}
 NAMES = tuple(ROWS)
 FREE = ("overall", "cold-items", "warm-items")  # of the same scored users
 
@@ -36,17 +43,23 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def asked(names: Iterable[str]) -> tuple[str, ...]:
-    """The scenarios that the names mean, in the order of `NAMES`; `all` is each of them.
+def asked(names: Iterable[str] | None, few_shot: int | None = None) -> tuple[str, ...]:
+    """The scenarios that the names mean, in the order of `NAMES`; None is those that cost nothing more, `all` is each.
+
+    Args:
+      few_shot: where everything was trained on so many users alone, there is that scenario only.
 
     Raises:
-      UserError: for a name that is none.
+      UserError: for a name that is none, or none of such a work directory.
     """
-    names = list(names)
+    there = NAMES if few_shot is None else (f"few-shot-{few_shot}",)
+    names = [name for name in FREE if name in there] or list(there) if names is None else list(names)
     for name in names:
         if name not in (*NAMES, "all"):
             raise UserError(f"there is no scenario {name!r}; choose among {', '.join(NAMES)}, or all")
-    return NAMES if "all" in names else tuple(name for name in NAMES if name in names)
+        if name not in (*there, "all"):
+            raise UserError(f"{name} needs models of all users; those of this work directory saw {few_shot} alone")
+    return there if "all" in names else tuple(name for name in there if name in names)
 
 
 def why_not(dataset: Dataset, name: str) -> str | None:

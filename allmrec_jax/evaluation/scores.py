@@ -39,7 +39,10 @@ def score(pipeline: Pipeline, lists: Lists, models: Iterable[str]) -> dict[str, 
     llm = [name for name in models if name in THROUGH_LLM]
     if "cf" in models or llm:
         maxlen = pipeline.experiment.cf.maxlen
-        x_u = pipeline.cf.x_u(dataset.histories(lists.users, maxlen, lists.split), lists.users)
+        # A model of users has no row of who it was not trained on: as somebody unknown, from the history alone.
+        trained = dataset.n_train[np.minimum(lists.users, dataset.n_users)] > 1
+        users = np.where(trained, lists.users, dataset.n_users + 1)
+        x_u = pipeline.cf.x_u(dataset.histories(lists.users, maxlen, lists.split), users)
         found["cf"] = pipeline.cf.scores(x_u, lists.candidates)
     if llm:
         folder = open_folder(pipeline, lists)

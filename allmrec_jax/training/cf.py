@@ -243,7 +243,7 @@ def training_data(dataset: Dataset, refit: bool = False) -> dict[str, Any]:
       UserError: if no user has two training items.
     """
     ends = dataset.history_end("test") if refit else dataset.offsets[:-1] + dataset.n_train
-    users = np.flatnonzero(ends - dataset.offsets[:-1] > 1)
+    users = np.flatnonzero((ends - dataset.offsets[:-1] > 1) & (dataset.n_train > 0))
     if not len(users):
         raise UserError(f"{dataset.name}: no user has two training items, so there is nothing to train on")
     return {
@@ -349,7 +349,7 @@ def train_cf(
     init_key, step_key, validation_key = jax.random.split(key, 3)
     adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
     optimiser = optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
-    steps = max(1, dataset.n_users // config.batch)
+    steps = max(1, dataset.n_trained // config.batch)
     devices = mesh.data_devices(config.batch, devices, shards)
     lengths = np.asarray(data["end"] - data["start"] - 1)
     epoch = make_epoch(
