@@ -29,13 +29,13 @@ def data(tmp_path_factory):
     return tiny.dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def train(config, data, folder, *, devices: int = 1, **options):
+def train(config, data, folder, *, devices: int = 1, encoder=None, **options):
     said = io.StringIO()
     aligned, curves = align.train_align(
         config,
         data,
         tiny.cf_model(),
-        tiny.encoder(),
+        encoder or tiny.encoder(),
         folder,
         seed=3,
         devices=jax.devices()[:devices],
@@ -126,7 +126,7 @@ def test_large_batches_are_sampled(monkeypatch):
             align_step.spans(2048, rows, None), rows, drawing, align_batches.in_file_order(2048), jax.random.key(0)
         )
         align_batches.TextBatches(steps, random.integers(3, 40, 5001), both=False, devices=1, training=100, width=8)
-    assert [len(samples) for samples in seen] == [32, 2]
+    assert [len(samples) for samples in seen] == [62, 4]
     assert max(len(sample) for sample in seen[0]) == 32
 
 
@@ -317,6 +317,15 @@ def test_half_precision_and_pmap_train_as_well(data, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one.parameters, two.parameters)
 
 
+def test_an_encoder_of_another_width_than_the_checkpoint_s_is_named(data, tmp_path):
+    train(STILL, data, tmp_path)
+    wider = dataclasses.replace(tiny.ENCODER, hidden_size=12)
+    weights = params.init(jax.random.key(0), bert.describe(wider))
+    with pytest.raises(UserError, match=r"f_T.*\(8,") as error:
+        train(STILL, data, tmp_path, encoder=text_encoder.build(wider, weights, tiny.encoder().backend))
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------- tables and their check
 
 
@@ -371,6 +380,9 @@ def test_retrieval_finds_an_item_s_own_e_and_a_collapse_is_said(data, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
     assert (tmp_path / "embeddings.png").read_bytes().startswith(b"\x89PNG")
     assert "never the next item" in said.getvalue()
+    terminal = Console(file=io.StringIO(), width=80)
+    terminal.print(quality.table(found))
+    assert "…" not in terminal.file.getvalue()
     other = quality.figures(_aligned(e, e[random.permutation(len(e))]), data, seed=0)
     assert other["retrieval"]["R@1"] < 0.5
     same = np.ones_like(e)

@@ -87,6 +87,7 @@ def test_bench_align_trains_both_sides_on_the_same_losses(tmp_path, monkeypatch)
     assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
     beside = rows[0]["beside"]
     assert beside["loss of the first step"] == pytest.approx(beside["its loss of the first step"], rel=1e-4)
+    assert all(row["beside"]["programs compiled"].endswith("later 0") for row in rows)
 
 
 def test_bench_llm_takes_both_sides_through_the_same_steps(tmp_path, monkeypatch):

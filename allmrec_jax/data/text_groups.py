@@ -23,7 +23,7 @@ OVERHEAD = 30  # what one more group costs beside its tokens, in tokens: a pass 
 SIZES = (*range(1, 13), *(base << k for k in range(3, 9) for base in (2, 3)))  # rows that a group may have
 MOST_SIZES = 3  # of the groups of one width
 MOST_TEXTS = 16  # of a row
-PADDING, DEARER = 0.09, 0.05  # padding aimed at, and what more that may cost
+PADDING, DEARER = 0.09, 0.05  # from which share of padding on less of it may cost more, and how much
 SHORT_ROWS = 128  # up to this width rows may be wider than the longest text
 MULTIPLE, MOST_WIDTHS = 4, 24
 ABSENT = np.iinfo(np.int32).max  # where a text starts that is not there
@@ -74,8 +74,8 @@ def pack(lengths: Integer[np.ndarray, " texts"], widths: Sequence[int]) -> list[
 def choose_shapes(
     batches: list[Integer[np.ndarray, " _"]], longest: int, *, most_tokens: int, span: float, compiling: float
 ) -> tuple[Shape, ...]:
-    """The shapes with which the groups of `batches`, and compiling them, cost least; or up to `DEARER` more, where that
-    brings padding under `PADDING`.
+    """The shapes with which the groups of `batches`, and compiling them, cost least; where much of that is padding,
+    those with the least padding of all that cost little more.
 
     Args:
       batches: the lengths of some batches' texts.
@@ -97,9 +97,11 @@ def choose_shapes(
         for choice in itertools.product(*of_widths):
             costs, tokens, shapes = zip(*choice, strict=True)
             found.append((sum(costs), sum(tokens), tuple(itertools.chain(*shapes))))
-    dearest = (1 + DEARER) * min(cost for cost, _, _ in found)
-    aim = np.mean([lengths.sum() for lengths in batches]) / (1 - PADDING)
-    return min([way for way in found if way[0] <= dearest and way[1] < aim] or found)[2]
+    real = float(np.mean([lengths.sum() for lengths in batches]))
+    cheapest, tokens, shapes = min(found)
+    if real > (1 - PADDING) * tokens:
+        return shapes
+    return min((tokens, cost, shapes) for cost, tokens, shapes in found if cost <= (1 + DEARER) * cheapest)[2]
 
 
 def _choose_sizes(

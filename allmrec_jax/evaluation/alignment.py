@@ -24,7 +24,8 @@ from allmrec_jax.training.checkpoint import write_json
 SAMPLE = 1000  # items whose pairs are measured, and items drawn in the picture
 NEAREST = (1, 10)
 COLLAPSED = 1e-3  # of the greatest distance there is between two points of (0, 1)^d', sqrt(d')
-CATEGORIES = 8  # with a colour of their own
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # all but the grey one
+CATEGORIES = len(COLOURS)
 PICTURE = "embeddings.png"
 RANKED = {"cf": "CF model", "e": "by e", "q": "by q", "mixed": "by both"}
 
@@ -112,7 +113,7 @@ def table(found: dict[str, Any]) -> Any:
     shown = Table("test items", "users", *RANKED.values(), box=box.SIMPLE_HEAD, title_justify="left")
     shown.title = "Hit@1 among 20 by stage 1's embeddings, without an LLM"
     for scenario, models in found["ranking"].items():
-        cells = [f"{of['value']:.3f}\n({of['low']:.3f}-{of['high']:.3f})" for of in _hits(models)]
+        cells = [f"{of['value']:.3f}\n{of['low']:.3f}-{of['high']:.3f}" for of in _hits(models)]
         shown.add_row(scenario, f"{models['cf']['hit@1']['n']:,}", *cells)
     return shown
 
@@ -158,7 +159,7 @@ def draw(aligned: Aligned, dataset: Dataset, path: Path, *, seed: int) -> None:
     for panel, points, what in zip(panels, np.split(at, 2), ("e (collaborative)", "q (text)"), strict=True):
         for name in [*(["other"] if "other" in names else []), *shown]:
             mine = names == name
-            colour = "0.75" if name == "other" else f"C{shown.index(name)}"
+            colour = "0.75" if name == "other" else COLOURS[shown.index(name)]
             panel.scatter(*points[mine].T, s=8, c=colour, label=name.replace("$", r"\$"), alpha=0.8, linewidths=0)
         panel.set_title(what)
         panel.set_xlabel("first principal component of e and q")

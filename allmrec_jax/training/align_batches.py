@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Int32, Key
 from allmrec_jax.data import batches, text_groups
 from allmrec_jax.training.align_step import draw
 
-SAMPLES, SAMPLED_TEXTS = 32, 2000  # steps, and about how many of their texts, that decide which shapes are compiled
+SAMPLES, SAMPLED_TEXTS = 64, 2000  # steps, and about how many of their texts, that decide which shapes are compiled
 PADDING = 0.1  # from here on it is said why
 
 
@@ -117,7 +117,7 @@ class TextBatches:
         self.steps, self.lengths, self.both, self.devices = steps, lengths, both, devices
         self._options = {"most_tokens": group_tokens or most_tokens(), "span": 2 * width}  # measured, see `compiling`
         number = min(SAMPLES, max(4, SAMPLED_TEXTS // (steps.rows * (1 + both))))
-        some = np.unique(np.linspace(0, len(steps.spans) - 1, number).astype(int))
+        some = np.unique(np.linspace(0, training - 1, number).astype(int))
         texts = [texts_of(steps(int(i)), both)[0] for i in some]
         self._samples = [lengths[of_step[text_groups.deal(lengths[of_step], devices)[0]]] for of_step in texts]
         self.shapes = self._choose(compiling() / training)
