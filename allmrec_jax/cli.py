@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from allmrec_jax import __version__, cli_compare, cli_data, cli_fields
-from allmrec_jax.config import Experiment, config_names, from_dict, load_config
+from allmrec_jax.config import Experiment, config_names, load_config, opened, table_numbers
 from allmrec_jax.errors import UserError
 
 ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
@@ -103,6 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
         "\n  cold-items, warm-items   those of overall whose item is among the 35 % seen least (most) in training"
         "\n  cold-users               users with three interactions, left out of all training"
         "\n  few-shot-256, -128       all stages are trained again on so many users, in a folder of the work directory"
+        "\n  cross-domain             on the test users of another data set (--on), where nothing is trained"
+        "\n  genres                   which categories would the user enjoy, against those of the test item"
         "\nFields of the evaluation may be overridden: --evaluation.users 1000",
     )
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
@@ -116,6 +118,29 @@ def build_parser() -> argparse.ArgumentParser:
         help="cf, llm-only, a-llmrec, a-llmrec-q and a-llmrec-mixed (all items, or cold ones, carried by their texts), "
         "fused, or all (default: those that need no second pass); popularity, repeat and markov are always there",
     )
+
+    evaluate.add_argument(
+        "--beside", nargs="+", metavar="DIR", help="work directories, evaluated before, whose models join the tables"
+    )
+    evaluate.add_argument("--on", metavar="DATA", help="cross-domain: a prepared data set, or the name of one")
+    evaluate.add_argument(
+        "--wording", metavar="DOMAIN", help="cross-domain: movies, games, shopping or none (default: as in training)"
+    )
+
+    tables = command(
+        "tables",
+        "The paper's tables: trains what each needs, one work directory after the other, and prints it beside ours.",
+        "\nTables 1 (overall), 4 (cold and warm items), 5 (cold users), 6 (few-shot), 7 (cross-domain), 8 and 9"
+        "\n(ablations) and 11 (CF models). Interrupted, it goes on; what one table has trained, another finds."
+        + overrides,
+    )
+    numbers = ", ".join(map(str, table_numbers()))
+    tables.add_argument("numbers", nargs="+", type=int, metavar="N", help=f"of {numbers}")
+    tables.add_argument("--workdir", type=Path, required=True, help="where all their work directories are kept")
+    tables.add_argument(
+        "--sets", nargs="+", metavar="SET", help="beauty, games, movies, toys (default: all of a table)"
+    )
+    tables.add_argument("--on", metavar="DATA", help="another data set than Video Games for table 7")
 
     plan = command(
         "plan",
@@ -146,19 +171,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def opened(workdir: Path) -> Experiment:
-    """The experiment that a work directory was made with."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{workdir} is not a work directory (no config.json); make one with `allmrec run` or `allmrec demo`"
-        )
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or train into another --workdir") from error
-
-
 def check_names(experiment: Experiment, stage: str) -> None:
     """Raises `UserError` for weights that do not exist, before anything is trained that needs none."""
     from allmrec_jax.data.sources import check_weights
@@ -178,10 +190,25 @@ def pipeline_of(experiment: Experiment, workdir: Path) -> Any:
 
 
 def run_all(experiment: Experiment, workdir: Path, **asked: Any) -> None:
-    from allmrec_jax.evaluation.evaluate import evaluate, show
+    from allmrec_jax.evaluation.evaluate import evaluate
+    from allmrec_jax.evaluation.present import show
 
     pipeline = pipeline_of(experiment, workdir)
     show(evaluate(pipeline, **asked), pipeline.console, workdir)
+
+
+def run_tables(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from allmrec_jax.evaluation import paper_runs
+
+    def override(experiment: Experiment) -> Experiment:
+        return cli_fields.override(experiment, rest, prog="allmrec tables")
+
+    check_names(override(load_config("paper/common")), "llm")
+    console, options = Console(), {"sets": arguments.sets, "override": override, "on": arguments.on}
+    for table in paper_runs.run_tables(arguments.numbers, arguments.workdir, **options, console=console):
+        console.print(paper_runs.shown(*table))
 
 
 def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -192,7 +219,7 @@ def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
         if flag.startswith("--") and not flag.startswith("--evaluation."):
             raise UserError(f"{flag}: the models are trained; only fields of the evaluation may change")
     experiment = cli_fields.override(experiment, rest, prog="allmrec evaluate")
-    asked = {}
+    asked = {"on": arguments.on, "wording": arguments.wording, "beside": tuple(arguments.beside or ())}
     if arguments.scenario:
         asked["names"] = scenarios.asked(arguments.scenario, experiment.data.few_shot)
     if arguments.models or "all" in (arguments.scenario or ()):
@@ -228,7 +255,7 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if workdir is not None and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
-    if arguments.command not in ("train", "run", "plan", "import", "evaluate") and rest:
+    if arguments.command not in ("train", "run", "plan", "import", "evaluate", "tables") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
         name = "ml100k" if arguments.full else "demo"
@@ -256,6 +283,8 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
             train(pipeline_of(experiment, arguments.workdir), arguments.stage)
     elif arguments.command == "evaluate":
         run_evaluate(arguments, rest)
+    elif arguments.command == "tables":
+        run_tables(arguments, rest)
     else:
         run_recommend(arguments)
 

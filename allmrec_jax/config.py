@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,6 +322,19 @@ def from_dict(tree: dict[str, Any]) -> Experiment:
     return check(build(Experiment, tree, ""))
 
 
+def opened(workdir: Path) -> Experiment:
+    """The experiment that a work directory was made with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{workdir} is not a work directory (no config.json); make one with `allmrec run` or `allmrec demo`"
+        )
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train into another --workdir") from error
+
+
 AT_LEAST_ONE = [
     "cf.width",
     "cf.blocks",
@@ -440,29 +454,39 @@ def config_folder() -> Path:
 
 def config_names() -> list[str]:
     """Of the configs that come with the project."""
-    return sorted(path.stem for path in config_folder().glob("*.py"))
+    folder = config_folder()
+    found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
+    return sorted(name for name in found if not name.startswith("paper/table"))
 
 
-def load_config(name: str) -> Experiment:
+def table_numbers() -> list[int]:
+    """Of the paper's tables, `configs/paper/tableN.py`."""
+    return sorted(int(path.stem.removeprefix("table")) for path in (config_folder() / "paper").glob("table*.py"))
+
+
+def load_config(name: str, function: str = "config", kind: type = Experiment) -> Any:
     """The experiment of a config file: a path, or the bare name of one that comes with the project.
+
+    Args:
+      function, kind: what of the file is called, and what it must return.
 
     Raises:
       UserError: if there is no such file, or it does not define `config() -> Experiment`.
     """
     path = Path(name)
     if not path.is_file():
-        path = config_folder() / f"{Path(name).stem}.py"
+        path = config_folder() / f"{name.removesuffix('.py')}.py"
     if not path.is_file():
         raise UserError(f"there is no config {name!r}; give a Python file, or one of: {', '.join(config_names())}")
     spec = importlib.util.spec_from_file_location(f"allmrec_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        experiment = module.config()
+        found = getattr(module, function)()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the config {path} fails: {type(error).__name__}: {error}") from error
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"config() in {path} must return an Experiment, not {type(experiment).__name__}")
-    return check(experiment)
+    if not isinstance(found, kind):
+        raise UserError(f"{function}() in {path} must return {kind.__name__}, not {type(found).__name__}")
+    return check(found) if isinstance(found, Experiment) else found

@@ -8,122 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import save_file
 
 from allmrec_jax import cli
 from allmrec_jax.config import config_names
 from allmrec_jax.data import sources
 from allmrec_jax.evaluation import scores
-from allmrec_jax.models import params, text_encoder
-from allmrec_jax.models.llm import llama
 from allmrec_jax.training import loop
 
 MODELS = {"popularity", "repeat", "markov", "leak-check", "cf", "llm-only", "a-llmrec", "fused"}
 
 
-def write_movielens(folder: Path) -> Path:
-    """40 users of 8 to 15 ratings on 60 films, in MovieLens 100K's own format."""
-    random = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    rows = []
-    for user in range(1, 41):
-        films = random.permutation(60)[: random.integers(8, 16)] + 1
-        rows += [
-            f"{user}\t{film}\t{random.integers(1, 6)}\t{880000000 + 60 * k + user}" for k, film in enumerate(films)
-        ]
-    (folder / "u.data").write_text("\n".join(rows) + "\n")
-    flags = ["|".join(map(str, random.integers(0, 2, 19))) for _ in range(60)]
-    items = [f"{i}|Film {i} ({1900 + i})|01-Jan-1995||http://example.org/{i}|{flags[i - 1]}" for i in range(1, 61)]
-    (folder / "u.item").write_text("\n".join(items) + "\n", encoding="latin-1")
-    return folder
-
-
-def write_llm(folder: Path) -> Path:
-    """A tiny Llama with random weights, as the Hugging Face hub lays one out."""
-    import jax
-
-    c = tiny.LLAMA
-    folder.mkdir(parents=True)
-    description = llama.describe(c)
-    save_file(params.to_torch(description, params.init(jax.random.key(3), description)), folder / "model.safetensors")
-    names = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "rope_theta",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    ]
-    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 1} | {
-        name: getattr(c, name) for name in names
-    }
-    (folder / "config.json").write_text(json.dumps(raw))
-    tiny.byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def write_encoder(folder: Path) -> Path:
-    """A tiny BERT with random weights, as sentence-transformers lays one out."""
-    import jax
-
-    c = tiny.ENCODER
-    (folder / "1_Pooling").mkdir(parents=True)
-    description = text_encoder.describe(c)
-    save_file(params.to_torch(description, params.init(jax.random.key(4), description)), folder / "model.safetensors")
-    names = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "layer_norm_eps",
-    ]
-    raw = {"model_type": "bert", "hidden_dropout_prob": 0.1} | {name: getattr(c, name) for name in names}
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "modules.json").write_text(json.dumps([{"type": "Transformer"}, {"type": "Pooling"}]))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": c.max_seq_length}))
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    tiny.byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
     """`run`'s arguments: the demo's config, tiny inputs."""
-    root = tmp_path_factory.mktemp("inputs")
-    small = {
-        "data.name": write_movielens(root / "raw"),
-        "align.encoder": write_encoder(root / "encoder"),
-        "llm.llm": write_llm(root / "llm"),
-        "cf.width": 8,
-        "cf.maxlen": 10,
-        "cf.batch": 16,
-        "cf.epochs": 4,
-        "cf.evaluate-every": 2,
-        "align.joint": 6,
-        "align.batch": 16,
-        "align.epochs": 2,
-        "align.save-every": 1,
-        "llm.history": 3,
-        "llm.candidates": 4,
-        "llm.batch": 8,
-        "llm.epochs": 1.0,
-        "llm.save-every": 2,
-        "evaluation.users": 12,
-        "evaluation.validation-users": 12,
-        "evaluation.examples": 5,
-        "evaluation.candidates": 5,
-        "evaluation.batch": 8,
-        "evaluation.resamples": 200,
-    }
-    return ["run", "--config", "demo", *(str(a) for name, value in small.items() for a in (f"--{name}", value))]
+    return ["run", "--config", "demo", *tiny.options(tmp_path_factory.mktemp("inputs"))]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +127,19 @@ def test_the_paper_s_baseline_has_its_own_name(done, inputs, tmp_path, capsys):
     assert "A-LLMRec" not in results["conclusion"]
     for name in ("cf", "popularity", "llm-only"):
         assert results["scenarios"]["overall"][name] == before["scenarios"]["overall"][name]
+    # In the tables of the other one, compared user by user.
+    full = tmp_path / "full"
+    shutil.copytree(done, full)
+    assert cli.main(["evaluate", "--workdir", str(full), "--beside", str(work)]) == 0
+    after = json.loads((full / "metrics.json").read_text())
+    assert set(after["scenarios"]["overall"]) == MODELS | {"mlp-llm"}
+    assert after["scenarios"]["overall"]["mlp-llm"] == results["scenarios"]["overall"]["mlp-llm"]
+    assert after["differences"]["overall"]["a-llmrec"]["mlp-llm"]["mrr"]["n"] == 12
+    assert after["scenarios"]["overall"]["fused"] == before["scenarios"]["overall"]["fused"]
+    capsys.readouterr()
+    more = ["--beside", str(work), "--evaluation.users", "20", "--scenario", "overall"]
+    assert cli.main(["evaluate", "--workdir", str(full), *more]) == 1
+    assert "was evaluated on 12 of the 20 users (test); run `allmrec evaluate" in capsys.readouterr().err
     assert cli.main(["recommend", "--workdir", str(work), "--user", "1"]) == 0
 
 

@@ -1,6 +1,7 @@
 """Tiny data and models for the tests: real code, real formats, seconds instead of hours."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -127,3 +129,102 @@ def cf_model() -> CFModel:
 def joint_embeddings(width: int = 6) -> np.ndarray:
     """Something in place of e."""
     return np.random.default_rng(10).uniform(size=(N_ITEMS + 1, width)).astype(np.float32)
+
+
+def write_movielens(folder: Path) -> Path:
+    """40 users of 8 to 15 ratings on 60 films, in MovieLens 100K's own format."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    rows = []
+    for user in range(1, 41):
+        films = random.permutation(60)[: random.integers(8, 16)] + 1
+        rows += [
+            f"{user}\t{film}\t{random.integers(1, 6)}\t{880000000 + 60 * k + user}" for k, film in enumerate(films)
+        ]
+    (folder / "u.data").write_text("\n".join(rows) + "\n")
+    flags = ["|".join(map(str, random.integers(0, 2, 19))) for _ in range(60)]
+    items = [f"{i}|Film {i} ({1900 + i})|01-Jan-1995||http://example.org/{i}|{flags[i - 1]}" for i in range(1, 61)]
+    (folder / "u.item").write_text("\n".join(items) + "\n", encoding="latin-1")
+    return folder
+
+
+def write_llm(folder: Path) -> Path:
+    """A tiny Llama with random weights, as the Hugging Face hub lays one out."""
+    c = LLAMA
+    folder.mkdir(parents=True)
+    description = llama.describe(c)
+    save_file(params.to_torch(description, params.init(jax.random.key(3), description)), folder / "model.safetensors")
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    ]
+    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 1} | {
+        name: getattr(c, name) for name in names
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_encoder(folder: Path) -> Path:
+    """A tiny BERT with random weights, as sentence-transformers lays one out."""
+    c = ENCODER
+    (folder / "1_Pooling").mkdir(parents=True)
+    description = text_encoder.describe(c)
+    save_file(params.to_torch(description, params.init(jax.random.key(4), description)), folder / "model.safetensors")
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "layer_norm_eps",
+    ]
+    raw = {"model_type": "bert", "hidden_dropout_prob": 0.1} | {name: getattr(c, name) for name in names}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "modules.json").write_text(json.dumps([{"type": "Transformer"}, {"type": "Pooling"}]))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": c.max_seq_length}))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    byte_tokenizer().backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def options(root: Path) -> list[str]:
+    """Fields of the config on the command line that make a run tiny, with files in `root`."""
+    small = {
+        "data.name": write_movielens(root / "raw"),
+        "align.encoder": write_encoder(root / "encoder"),
+        "llm.llm": write_llm(root / "llm"),
+        "cf.width": 8,
+        "cf.maxlen": 10,
+        "cf.batch": 16,
+        "cf.epochs": 4,
+        "cf.evaluate-every": 2,
+        "align.joint": 6,
+        "align.batch": 16,
+        "align.epochs": 2,
+        "align.save-every": 1,
+        "llm.history": 3,
+        "llm.candidates": 4,
+        "llm.batch": 8,
+        "llm.epochs": 1.0,
+        "llm.save-every": 2,
+        "evaluation.users": 12,
+        "evaluation.validation-users": 12,
+        "evaluation.examples": 5,
+        "evaluation.candidates": 5,
+        "evaluation.batch": 8,
+        "evaluation.resamples": 200,
+    }
+    return [str(a) for name, value in small.items() for a in (f"--{name}", value)]

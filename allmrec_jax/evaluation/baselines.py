@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from allmrec_jax.data.dataset import Dataset
+from allmrec_jax.evaluation.labels import TRIVIAL
 from allmrec_jax.evaluation.lists import Lists
 
-NAMES = ("popularity", "repeat", "markov", "leak-check")
+NAMES = TRIVIAL
 LAST = 3  # items of the history that the leak check looks at
 
 

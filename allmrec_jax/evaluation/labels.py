@@ -44,6 +44,24 @@ SCENARIO_LABELS = {
     "genres": "Genres",
 }
 
+TRIVIAL = ("popularity", "repeat", "markov", "leak-check")
+ORDER = (*TRIVIAL, "cf", "llm-only", "mlp-llm", "a-llmrec", "a-llmrec-q", "a-llmrec-mixed", "fused")
+PAIRS = (  # that are compared
+    ("a-llmrec", "llm-only"),
+    ("a-llmrec", "mlp-llm"),
+    ("a-llmrec", "cf"),
+    ("a-llmrec", "popularity"),
+    ("mlp-llm", "llm-only"),
+    ("mlp-llm", "cf"),
+    ("mlp-llm", "popularity"),
+    ("a-llmrec-q", "a-llmrec"),
+    ("a-llmrec-mixed", "a-llmrec"),
+    ("fused", "cf"),
+    ("fused", "a-llmrec"),
+    ("fused", "mlp-llm"),
+    ("cf", "leak-check"),
+)
+
 OURS = (
     "a-llmrec",
     "a-llmrec-q",

@@ -98,6 +98,7 @@ def render(
     for i, (name, scenario) in enumerate(scenarios.items()):
         candidates = about.get("candidates")
         candidates = candidates.get(name) if isinstance(candidates, Mapping) else candidates
+        candidates = facts.get(name, {}).get("candidates", candidates)
         who = scenario_title(name, facts[name], candidates) if name in facts else None
         parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates, who))
     for name, reason in not_applicable.items():

@@ -17,6 +17,7 @@ MODELS = {
     "a-llmrec": "A-LLMRec",
     "a-llmrec-q": "A-LLMRec (SBERT)",
 }
+CROSS_DOMAIN = "Movies to Games"
 CF = {"SASRec", "NextItNet", "GRU4Rec", "NCF"}
 
 
@@ -31,10 +32,20 @@ def dataset_of(name: str) -> str | None:
     return next((known for word, known in WORDS.items() if word in name.lower()), None)
 
 
+def rows_and_columns(key: str) -> tuple[list[str], list[str]]:
+    """Of one table, as it calls them; the one without columns has a single row."""
+    table = numbers()[key]
+    if "columns" not in table:
+        return [CROSS_DOMAIN], list(table)
+    return [name for name in table if name != "columns"], table["columns"]
+
+
 def cell(key: str, row: str, column: str) -> float | None:
     """One figure of one table, None where the paper has none."""
     table = numbers()[key]
-    if row not in table or column not in table.get("columns", ()):
+    if "columns" not in table:
+        return table.get(column)
+    if row not in table or column not in table["columns"]:
         return None
     return table[row][table["columns"].index(column)]
 

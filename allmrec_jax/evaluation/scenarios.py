@@ -31,7 +31,7 @@ ROWS = {  # whose rows
     "cold-users": "cold-users",
     **{f"few-shot-{k}": "test" for k in FEW_SHOT},
 }
-NAMES = tuple(ROWS)
+NAMES = (*ROWS, "cross-domain", "genres")
 FREE = ("overall", "cold-items", "warm-items")  # of the same scored users
 
 
@@ -60,6 +60,12 @@ def asked(names: Iterable[str] | None, few_shot: int | None = None) -> tuple[str
         if name not in (*there, "all"):
             raise UserError(f"{name} needs models of all users; those of this work directory saw {few_shot} alone")
     return there if "all" in names else tuple(name for name in there if name in names)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """In the order of `NAMES`, each with those beside it."""
+    places = {name: place for place, name in enumerate(NAMES)}
+    return sorted(names, key=lambda name: (places[name.removesuffix(BY_RULE)], name))
 
 
 def why_not(dataset: Dataset, name: str) -> str | None:

@@ -38,16 +38,22 @@ def score(pipeline: Pipeline, lists: Lists, models: Iterable[str]) -> dict[str, 
         found |= baselines.score(dataset, lists)
     llm = [name for name in models if name in THROUGH_LLM]
     if "cf" in models or llm:
-        maxlen = pipeline.experiment.cf.maxlen
-        # A model of users has no row of who it was not trained on: as somebody unknown, from the history alone.
-        trained = dataset.n_train[np.minimum(lists.users, dataset.n_users)] > 1
-        users = np.where(trained, lists.users, dataset.n_users + 1)
-        x_u = pipeline.cf.x_u(dataset.histories(lists.users, maxlen, lists.split), users)
+        x_u = representations(pipeline, lists)
         found["cf"] = pipeline.cf.scores(x_u, lists.candidates)
-    if llm:
-        folder = open_folder(pipeline, lists)
-        found |= {name: _through_llm(pipeline, lists, name, x_u, folder) for name in llm}
+    for name in llm:
+        found[name] = through_llm(pipeline, lists, name, x_u)
     return {name: found[name] for name in models if name in found}
+
+
+def representations(pipeline: Pipeline, lists: Lists) -> Float[np.ndarray, "rows d"]:
+    """x_u of each row's history.
+
+    A model of users has no row of who it was not trained on: they come as somebody unknown, from the history alone.
+    """
+    dataset = pipeline.dataset
+    trained = dataset.n_train[np.minimum(lists.users, dataset.n_users)] > 1
+    users = np.where(trained, lists.users, dataset.n_users + 1)
+    return pipeline.cf.x_u(dataset.histories(lists.users, pipeline.experiment.cf.maxlen, lists.split), users)
 
 
 def open_folder(pipeline: Pipeline, lists: Lists) -> Path:
@@ -95,8 +101,11 @@ def read_scores(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return scores[: shape[0]] if whole and np.isfinite(scores[: shape[0]]).all() else None
 
 
-def _through_llm(pipeline: Pipeline, lists: Lists, name: str, x_u: np.ndarray, folder: Path) -> np.ndarray:
-    saved = folder / f"{lists.group}.{name}.npy"
+def through_llm(
+    pipeline: Pipeline, lists: Lists, name: str, x_u: Float[np.ndarray, "rows d"]
+) -> Float[np.ndarray, "rows candidates"]:
+    """The scores of one of `THROUGH_LLM`, those that are saved and those that are not yet."""
+    saved = open_folder(pipeline, lists) / f"{lists.group}.{name}.npy"
     done = read_scores(saved, lists.candidates.shape)
     if done is not None:
         return done

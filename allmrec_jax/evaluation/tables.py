@@ -38,7 +38,7 @@ def to_latex(
         best = {metric: max(of[metric]["value"] for of in models.values() if metric in of) for metric in shown}
         lines = [
             r"\begin{table}",
-            rf"\caption{{{escape(scenario_title(name, facts[name], about.get('candidates')))}}}",
+            rf"\caption{{{escape(scenario_title(name, facts[name], facts[name].get('candidates')))}}}",
             r"\begin{tabular}{l" + "r" * len(shown) + "}",
             r"\toprule",
             " & ".join(["", *(escape(METRIC_LABELS[metric]) for metric in shown)]) + r" \\",
