@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,40 +34,86 @@ def item_vectors(
     return np.asarray(mapped(F_I, np.pad(e, ((0, rows - len(e)), (0, 0)))))[: len(e)]
 
 
-def make_ranker(
-    llm: FrozenLLM,
-    heads: Any,
-    *,
-    builder: PromptBuilder,
-    e: np.ndarray,
-    mesh: Mesh,
-    candidates: int,
-    normalise: bool = True,
-    batch: int = 4,
-    logit_rows: int | None = None,
-    how: Mapping = "shard_map",
-) -> Callable[[Sequence[Items], np.ndarray, np.ndarray], np.ndarray]:
-    """`(histories, candidates (users, c), x_u (users, d)) -> scores (users, c)` for at most `batch` users.
+class Ranker:
+    """Scores of users' candidates: `(histories, candidates (users, c), x_u (users, d)) -> (users, c)`.
 
-    `heads=None` ranks by the LLM alone (then `builder` must not inject).
+    `heads=None` ranks by the LLM alone (then `builder` must not inject). Users go through the LLM in parts of like
+    lengths; `arrange` says in which order they are best asked for, and chooses the lengths that are compiled.
+
+    Args:
+      candidates: of each user.
+      normalise: divide by the number of the title's tokens (`score="mean"`).
+      batch: users of one pass on accelerators; a CPU takes one a device, so that there is next to no padding.
     """
-    frozen, shardings = freeze(llm, mesh)
-    scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise, logit_rows=logit_rows)
-    O_i = None if heads is None else jnp.asarray(item_vectors(heads["F_I"], e, list(mesh.devices.flat), how))
-    F_U = jax.jit(projection.F_U)
 
-    def rank(histories: Sequence[Items], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
-        n = len(lists)
-        prompts = builder.prompts(histories, lists)
-        answers = [builder.answers(row.tolist()) for row in lists]
-        packed = pack(prompts, answers, rows=range(n), batch=batch)
-        if heads is None:
-            return np.asarray(scorer(None, frozen, packed))[:n]
-        some = np.zeros((batch, x_u.shape[1]), np.float32)
-        some[:n] = x_u
-        return np.asarray(scorer({"O_u": F_U(heads["F_U"], some), "O_i": O_i}, frozen, packed))[:n]
+    def __init__(
+        self,
+        llm: FrozenLLM,
+        heads: Any,
+        *,
+        builder: PromptBuilder,
+        e: np.ndarray,
+        mesh: Mesh,
+        candidates: int,
+        normalise: bool = True,
+        batch: int = 4,
+        logit_rows: int | None = None,
+        how: Mapping = "shard_map",
+    ):
+        self.builder, self.heads = builder, heads
+        self.frozen, shardings = freeze(llm, mesh)
+        options = {"answers": candidates, "normalise": normalise, "logit_rows": logit_rows}
+        self.scorer = make_scorer(llm.graph, shardings, mesh, **options)
+        self.O_i = None if heads is None else jnp.asarray(item_vectors(heads["F_I"], e, list(mesh.devices.flat), how))
+        self.F_U = jax.jit(projection.F_U)
+        self.rows = mesh.shape["data"] if jax.default_backend() == "cpu" else batch
+        self.tiers: packing.Tiers | None = None
 
-    return rank
+    def arrange(self, histories: Sequence[Items], candidates: Int[np.ndarray, "users c"]) -> Int[np.ndarray, " users"]:
+        """The users, the longest prompts first; from some of them the lengths that are compiled."""
+        items = np.unique(np.concatenate([candidates.ravel(), *map(np.asarray, histories)]).astype(np.int64))
+        tokens = np.zeros(items.max(initial=0) + 1, np.int64)
+        tokens[items] = [len(answer) for answer in self.builder.answers(items.tolist())]
+        length = 2 * tokens[candidates].sum(1) + [tokens[np.asarray(h, np.int64)].sum() for h in histories]
+        order = np.argsort(-length, kind="stable")
+        some = order[np.unique(np.linspace(0, len(order) - 1, SAMPLES).astype(int))] if len(order) else order
+        self._choose_tiers(*self._texts([histories[u] for u in some], candidates[some]), users=len(order))
+        return order
+
+    def _texts(self, histories: Sequence[Items], candidates: np.ndarray) -> tuple[list[Prompt], packing.Answers]:
+        prompts = self.builder.prompts(histories, candidates)
+        return prompts, [self.builder.answers(row.tolist()) for row in candidates]
+
+    def _choose_tiers(self, prompts: Sequence[Prompt], answers: packing.Answers, users: int) -> None:
+        if prompts:
+            most = max(1, min(MOST_TIERS, users // USERS_OF_A_TIER))
+            self.tiers = packing.tiers_for(self.rows, prompts, answers, most)
+
+    def __call__(self, histories: Sequence[Items], candidates: np.ndarray, x_u: np.ndarray) -> np.ndarray:
+        prompts, answers = self._texts(histories, candidates)
+        if self.tiers is None:
+            self._choose_tiers(prompts, answers, len(prompts))
+        scores, pending = np.empty(candidates.shape, np.float32), []
+        for part in self.tiers.parts(prompts, answers, rows=range(len(prompts))) if len(prompts) else ():
+            who, real = part["rows"], part["row_share"] > 0
+            tables = None
+            if self.heads is not None:
+                part |= {"rows": np.arange(len(who), dtype=np.int32)}
+                tables = {"O_u": self.F_U(self.heads["F_U"], x_u[who]), "O_i": self.O_i}
+            pending.append((who[real], real, self.scorer(tables, self.frozen, part)))
+        for who, real, found in pending:
+            scores[who] = np.asarray(found)[real]
+        return scores
+
+    @property
+    def padding(self) -> float:
+        """The share of the LLM's tokens so far that were padding."""
+        return 0.0 if self.tiers is None or not self.tiers.computed else 1 - self.tiers.real / self.tiers.computed
+
+
+def make_ranker(llm: FrozenLLM, heads: Any, **options: Any) -> Ranker:
+    """A `Ranker`."""
+    return Ranker(llm, heads, **options)
 
 
 def score_users(
