@@ -30,7 +30,7 @@ from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
 from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.data.public_files import SOURCE
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import make_ranker
+from allmrec_jax.evaluation.rank import Ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
 from allmrec_jax.models.params import AXIS_RULES, FULLY_SHARDED
 from allmrec_jax.models.text_encoder import LoadedEncoder, load_encoder
@@ -241,10 +241,10 @@ class Pipeline:
             self.llm.tokenizer, self.dataset.titles(), template_of(config), context=context, inject=inject
         )
 
-    def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None):
-        """A ranker by likelihood (`evaluation.rank.make_ranker`); `heads=None` is the LLM alone."""
+    def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None) -> Ranker:
+        """A ranker by likelihood (`evaluation.rank.Ranker`); `heads=None` is the LLM alone."""
         config = self.experiment.evaluation
-        return make_ranker(
+        return Ranker(
             self.llm,
             heads,
             builder=self.builder(inject=heads is not None),

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from allmrec_jax.data.packing import pack
-from allmrec_jax.data.prompts import Items, PromptBuilder
+from allmrec_jax.data import packing
+from allmrec_jax.data.prompts import Items, Prompt, PromptBuilder
 from allmrec_jax.errors import UserError
 from allmrec_jax.files import write_atomically
 from allmrec_jax.models import projection
@@ -23,6 +23,9 @@ from allmrec_jax.progress import progress, say
 from allmrec_jax.training.inject import freeze
 from allmrec_jax.training.inject_step import make_scorer
 from allmrec_jax.training.mesh import Mapping, map_over_data
+
+SAMPLES = 64  # users whose prompts decide which lengths are compiled
+MOST_TIERS, USERS_OF_A_TIER = 8, 64  # lengths of rows that are compiled, and users that make one more worth while
 
 
 def item_vectors(
@@ -77,20 +80,25 @@ class Ranker:
         length = 2 * tokens[candidates].sum(1) + [tokens[np.asarray(h, np.int64)].sum() for h in histories]
         order = np.argsort(-length, kind="stable")
         some = order[np.unique(np.linspace(0, len(order) - 1, SAMPLES).astype(int))] if len(order) else order
-        self._choose_tiers(*self._texts([histories[u] for u in some], candidates[some]), users=len(order))
+        self._choose_tiers(*self.texts([histories[u] for u in some], candidates[some]), users=len(order))
         return order
 
-    def _texts(self, histories: Sequence[Items], candidates: np.ndarray) -> tuple[list[Prompt], packing.Answers]:
+    def texts(self, histories: Sequence[Items], candidates: np.ndarray) -> tuple[list[Prompt], packing.Answers]:
+        """The prompt of each user, and the tokens of each candidate's answer."""
         prompts = self.builder.prompts(histories, candidates)
         return prompts, [self.builder.answers(row.tolist()) for row in candidates]
 
     def _choose_tiers(self, prompts: Sequence[Prompt], answers: packing.Answers, users: int) -> None:
         if prompts:
             most = max(1, min(MOST_TIERS, users // USERS_OF_A_TIER))
-            self.tiers = packing.tiers_for(self.rows, prompts, answers, most)
+            lengths = np.array(list(map(packing.row_length, prompts, answers)))
+            tokens = np.array([sum(map(len, many)) for many in answers])
+            self.tiers = packing.Tiers(
+                self.rows, lengths, packing.room_for(prompts, answers), most=most, answers=tokens
+            )
 
     def __call__(self, histories: Sequence[Items], candidates: np.ndarray, x_u: np.ndarray) -> np.ndarray:
-        prompts, answers = self._texts(histories, candidates)
+        prompts, answers = self.texts(histories, candidates)
         if self.tiers is None:
             self._choose_tiers(prompts, answers, len(prompts))
         scores, pending = np.empty(candidates.shape, np.float32), []
@@ -111,13 +119,8 @@ class Ranker:
         return 0.0 if self.tiers is None or not self.tiers.computed else 1 - self.tiers.real / self.tiers.computed
 
 
-def make_ranker(llm: FrozenLLM, heads: Any, **options: Any) -> Ranker:
-    """A `Ranker`."""
-    return Ranker(llm, heads, **options)
-
-
 def score_users(
-    ranker: Callable[..., np.ndarray],
+    ranker: Ranker,
     histories: Sequence[Items],
     candidates: Int[np.ndarray, "users candidates"],
     x_u: Float[np.ndarray, "users d"],
@@ -129,6 +132,8 @@ def score_users(
     console: Console | None = None,
 ) -> Float[np.ndarray, "users candidates"]:
     """Scores of all users, kept in `saved` every few batches so that an interrupted evaluation goes on.
+
+    The users with the longest prompts come first: what does not fit fails at once.
 
     Raises:
       UserError: if a score is not finite.
@@ -143,6 +148,7 @@ def score_users(
         except Exception:  # whatever a damaged header makes NumPy raise
             say(console or Console(), f"{saved} is damaged; scoring again")
     todo = np.flatnonzero(np.isnan(scores).any(1))
+    todo = todo[ranker.arrange([histories[u] for u in todo], candidates[todo])]
     before = len(scores) - len(todo)
     with progress(label, len(scores), done=before, unit="users", console=console) as bar:
         for k, start in enumerate(range(0, len(todo), batch)):
@@ -153,6 +159,8 @@ def score_users(
             bar.update(before + start + len(chosen))
             if k % save_every == save_every - 1 or start + batch >= len(todo):
                 _save(saved, scores)
+    if len(todo):
+        say(console or Console(), f"{label}: {ranker.padding:.1%} of the LLM's tokens were padding")
     return scores
 
 

@@ -108,8 +108,8 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
 
 def _weights(q: jax.Array, k: jax.Array, mask: jax.Array, z: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """(exp(scores - z), z) of a block of queries and the keys up to its last; unless given, z is the row's maximum."""
-    scores = jnp.einsum("bgrtw,bgsw->bgrts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scores = jnp.einsum("bgrtw,bgsw->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED)
     z = jnp.max(scores, axis=-1, keepdims=True) if z is None else z
     return jnp.exp(scores - z), z
 
@@ -127,8 +127,9 @@ def _blocks_forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: 
         end = min(time, start + block)
         weights, most = _weights(queries[..., start:end, :], keys[..., :end, :], mask[:, start:end, :end], None)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        sums = jnp.einsum("bgrts,bgsw->bgrtw", weights.astype(v.dtype), values[..., :end, :])
-        outputs.append(sums / total.astype(v.dtype))
+        weights, seen = weights.astype(v.dtype), values[..., :end, :]
+        sums = jnp.einsum("bgrts,bgsw->bgrtw", weights, seen, preferred_element_type=jnp.float32)
+        outputs.append((sums / total).astype(q.dtype))
         zs.append(most + jnp.log(total))
     output = rearrange(jnp.concatenate(outputs, axis=3), "b g r t w -> b t (g r) w")
     return output, (q, k, v, mask, output, jnp.concatenate(zs, axis=3))
