@@ -11,7 +11,8 @@ from rich.console import Console
 
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import Ranker, item_vectors, score_users
+from allmrec_jax.evaluation.passes import item_vectors
+from allmrec_jax.evaluation.rank import Ranker, score_users
 from allmrec_jax.models import projection
 from allmrec_jax.training.inject import init_heads
 from allmrec_jax.training.mesh import make_mesh

@@ -125,7 +125,8 @@ def bench_rank(repeats: int, console: Console) -> list[Row]:
     np.testing.assert_allclose(scores, theirs.score()[1], rtol=1e-3)
     runs = [("ours", seconds), ("score", lambda: theirs.score()[0]), ("generate", theirs.generate)]
     found = interleave(runs, repeats, console)
-    prompts, answers = ours.texts(world.histories, world.candidates)
+    prompts = world.builder.prompts(world.histories, world.candidates)
+    answers = ours.answers(world.candidates)
     beside = {
         "our first run with compilation (s)": first,
         "our padding": f"{ours.padding:.1%}",

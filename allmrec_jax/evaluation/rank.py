@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from allmrec_jax.data import packing
-from allmrec_jax.data.prompts import Items, Prompt, PromptBuilder
+from allmrec_jax.data.prompts import Items, PromptBuilder
 from allmrec_jax.errors import UserError
+from allmrec_jax.evaluation.passes import Passes
 from allmrec_jax.files import write_atomically
-from allmrec_jax.models import projection
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import progress, say
-from allmrec_jax.training.inject import freeze
 from allmrec_jax.training.inject_step import make_scorer
-from allmrec_jax.training.mesh import Mapping, map_over_data
-
-SAMPLES = 64  # users whose prompts decide which lengths are compiled
-MOST_TIERS, USERS_OF_A_TIER = 8, 64  # lengths of rows that are compiled, and users that make one more worth while
+from allmrec_jax.training.mesh import Mapping
 
 
-def item_vectors(
-    F_I: Any, e: Float[np.ndarray, "items joint"], devices: Sequence[Any], how: Mapping = "shard_map"
-) -> Float[np.ndarray, "items h"]:
-    """O_i = F_I(e_i) of the whole catalogue, cut over the devices."""
-    rows = -(-len(e) // len(devices)) * len(devices)
-    mapped = map_over_data(projection.F_I, devices, batched=(False, True), how=how, batched_outputs=True)
-    return np.asarray(mapped(F_I, np.pad(e, ((0, rows - len(e)), (0, 0)))))[: len(e)]
-
-
-class Ranker:
+class Ranker(Passes):
     """Scores of users' candidates: `(histories, candidates (users, c), x_u (users, d)) -> (users, c)`.
 
-    `heads=None` ranks by the LLM alone (then `builder` must not inject). Users go through the LLM in parts of like
-    lengths; `arrange` says in which order they are best asked for, and chooses the lengths that are compiled.
-
-    Args:
-      candidates: of each user.
+    Args (and those of `Passes`):
+      candidates: that are scored of each user.
       normalise: divide by the number of the title's tokens (`score="mean"`).
-      batch: users of one pass on accelerators; a CPU takes one a device, so that there is next to no padding.
+      scorer: that of another ranker of this LLM with the same settings, which has compiled already.
     """
 
     def __init__(
@@ -62,61 +44,30 @@ class Ranker:
         batch: int = 4,
         logit_rows: int | None = None,
         how: Mapping = "shard_map",
+        scorer: Callable[..., jax.Array] | None = None,
     ):
-        self.builder, self.heads = builder, heads
-        self.frozen, shardings = freeze(llm, mesh)
+        super().__init__(llm, heads, builder=builder, e=e, mesh=mesh, batch=batch, how=how)
         options = {"answers": candidates, "normalise": normalise, "logit_rows": logit_rows}
-        self.scorer = make_scorer(llm.graph, shardings, mesh, **options)
-        self.O_i = None if heads is None else jnp.asarray(item_vectors(heads["F_I"], e, list(mesh.devices.flat), how))
-        self.F_U = jax.jit(projection.F_U)
-        self.rows = mesh.shape["data"] if jax.default_backend() == "cpu" else batch
-        self.tiers: packing.Tiers | None = None
+        self.scorer = scorer or make_scorer(llm.graph, self.shardings, mesh, **options)
 
-    def arrange(self, histories: Sequence[Items], candidates: Int[np.ndarray, "users c"]) -> Int[np.ndarray, " users"]:
-        """The users, the longest prompts first; from some of them the lengths that are compiled."""
-        items = np.unique(np.concatenate([candidates.ravel(), *map(np.asarray, histories)]).astype(np.int64))
-        tokens = np.zeros(items.max(initial=0) + 1, np.int64)
-        tokens[items] = [len(answer) for answer in self.builder.answers(items.tolist())]
-        length = 2 * tokens[candidates].sum(1) + [tokens[np.asarray(h, np.int64)].sum() for h in histories]
-        order = np.argsort(-length, kind="stable")
-        some = order[np.unique(np.linspace(0, len(order) - 1, SAMPLES).astype(int))] if len(order) else order
-        self._choose_tiers(*self.texts([histories[u] for u in some], candidates[some]), users=len(order))
-        return order
+    def __call__(
+        self,
+        histories: Sequence[Items],
+        candidates: Int[np.ndarray, "users c"],
+        x_u: Float[np.ndarray, "users d"],
+        asked: Int[np.ndarray, "users a"] | None = None,
+    ) -> Float[np.ndarray, "users _"]:
+        """The scores.
 
-    def texts(self, histories: Sequence[Items], candidates: np.ndarray) -> tuple[list[Prompt], packing.Answers]:
-        """The prompt of each user, and the tokens of each candidate's answer."""
-        prompts = self.builder.prompts(histories, candidates)
-        return prompts, [self.builder.answers(row.tolist()) for row in candidates]
-
-    def _choose_tiers(self, prompts: Sequence[Prompt], answers: packing.Answers, users: int) -> None:
-        if prompts:
-            most = max(1, min(MOST_TIERS, users // USERS_OF_A_TIER))
-            lengths = np.array(list(map(packing.row_length, prompts, answers)))
-            tokens = np.array([sum(map(len, many)) for many in answers])
-            self.tiers = packing.Tiers(
-                self.rows, lengths, packing.room_for(prompts, answers), most=most, answers=tokens
-            )
-
-    def __call__(self, histories: Sequence[Items], candidates: np.ndarray, x_u: np.ndarray) -> np.ndarray:
-        prompts, answers = self.texts(histories, candidates)
-        if self.tiers is None:
-            self._choose_tiers(prompts, answers, len(prompts))
-        scores, pending = np.empty(candidates.shape, np.float32), []
-        for part in self.tiers.parts(prompts, answers, rows=range(len(prompts))) if len(prompts) else ():
-            who, real = part["rows"], part["row_share"] > 0
-            tables = None
-            if self.heads is not None:
-                part |= {"rows": np.arange(len(who), dtype=np.int32)}
-                tables = {"O_u": self.F_U(self.heads["F_U"], x_u[who]), "O_i": self.O_i}
-            pending.append((who[real], real, self.scorer(tables, self.frozen, part)))
-        for who, real, found in pending:
-            scores[who] = np.asarray(found)[real]
+        Args:
+          asked: the items that are scored, if not the candidates that the prompt names.
+        """
+        scores = np.empty((candidates if asked is None else asked).shape, np.float32)
+        parts = self.parts(histories, candidates, x_u, asked)
+        pending = [(part.users, self.scorer(part.tables, self.frozen, part.batch)) for part in parts]
+        for users, found in pending:
+            scores[users] = np.asarray(found)[: len(users)]
         return scores
-
-    @property
-    def padding(self) -> float:
-        """The share of the LLM's tokens so far that were padding."""
-        return 0.0 if self.tiers is None or not self.tiers.computed else 1 - self.tiers.real / self.tiers.computed
 
 
 def score_users(
