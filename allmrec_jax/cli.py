@@ -159,7 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
         "recommend",
         "Recommend items to a known user, or to somebody new by titles.",
         "\nExamples: allmrec recommend --workdir runs/demo --user 42\n"
-        '          allmrec recommend --workdir runs/demo --history "Fargo" "Heat" "Twelve Monkeys"',
+        '          allmrec recommend --workdir runs/demo --history "Fargo" "Heat" "Twelve Monkeys"'
+        '\n          allmrec recommend --workdir runs/demo --user 42 --among "Alien" "Babe" "Casino" --reasons'
+        "\nTitles may be parts of titles, in letters of either case; how they were taken is shown.",
     )
     recommend.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")
     who = recommend.add_mutually_exclusive_group(required=True)
@@ -167,6 +169,15 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--history", nargs="+", metavar="TITLE", help="titles, oldest first")
     recommend.add_argument("-k", type=int, default=5, help="how many to recommend (default 5)")
     recommend.add_argument("--candidates", type=int, default=20, help="the CF model's top items that the LLM ranks")
+    recommend.add_argument(
+        "--among", nargs="+", metavar="TITLE", help="rank these in place of the CF model's top items"
+    )
+    recommend.add_argument(
+        "--all", action="store_true", help="any title: the LLM writes them, its prompt naming the CF model's top items"
+    )
+    recommend.add_argument(
+        "--reasons", action="store_true", help="which titles of the history moved the LLM most, by leaving each out"
+    )
     recommend.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -234,7 +245,14 @@ def run_recommend(arguments: argparse.Namespace) -> None:
     if arguments.json:
         pipeline.console.stderr = True
     answer = recommend(
-        pipeline, user=arguments.user, titles=arguments.history, k=arguments.k, candidates=arguments.candidates
+        pipeline,
+        user=arguments.user,
+        titles=arguments.history,
+        k=arguments.k,
+        candidates=arguments.candidates,
+        among=arguments.among,
+        everything=arguments.all,
+        reasons=arguments.reasons,
     )
     if arguments.json:
         print(json.dumps(answer, indent=1, ensure_ascii=False))

@@ -93,9 +93,10 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "\n  cf     stage 0 against PyTorch: training and evaluation (needs the extra torch)"
         "\n  data   raw files to a prepared data set, and batches"
         "\n  llm    stage 2 against PyTorch: a step through the frozen LLM (needs the extra torch)"
+        "\n  rank   20 candidates of a user against PyTorch: as 20 sequences, and generating (needs the extra torch)"
         "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
     )
-    bench.add_argument("what", nargs="*", metavar="align|cf|data|llm", help="what to measure (default: everything)")
+    bench.add_argument("what", nargs="*", metavar="align|cf|data|llm|rank", help="what to measure (default: all)")
     bench.add_argument(
         "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
     )
@@ -177,7 +178,7 @@ def prepare(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-BENCHES = ("align", "cf", "data", "llm")
+BENCHES = ("align", "cf", "data", "llm", "rank")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
@@ -193,7 +194,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise UserError(f"--json {arguments.json}: there is no such folder")
     console = Console()
     wanted, rows = set(arguments.what or BENCHES), []
-    for name in [name for name in ("align", "cf", "llm") if name in wanted]:
+    for name in [name for name in ("align", "cf", "llm", "rank") if name in wanted]:
         if importlib.util.find_spec("torch") is None:
             raise UserError(f"bench {name} compares with PyTorch, which is not installed: `make env` brings it")
     if "align" in wanted:
@@ -212,6 +213,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
         from allmrec_jax.comparison.bench_llm import bench_llm
 
         rows += bench_llm(arguments.repeats, console)
+    if "rank" in wanted:
+        from allmrec_jax.comparison.bench_rank import bench_rank
+
+        rows += bench_rank(arguments.repeats, console)
     bench.show(rows, console)
     if arguments.json:
         bench.write(rows, arguments.json)

@@ -30,7 +30,7 @@ from allmrec_jax.data.dataset import MANIFEST, Dataset, open_dataset
 from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.data.public_files import SOURCE
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import make_ranker
+from allmrec_jax.evaluation.rank import Ranker
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
 from allmrec_jax.models.params import AXIS_RULES, FULLY_SHARDED
 from allmrec_jax.models.text_encoder import LoadedEncoder, load_encoder
@@ -64,6 +64,7 @@ class Pipeline:
     def __init__(self, experiment: Experiment, workdir: Path, *, console: Console | None = None):
         self.experiment, self.workdir, self.console = experiment, Path(workdir), console or Console()
         self.seconds: dict[str, float] = {}
+        self._scorers: dict[int, Any] = {}
         self._lender: Pipeline | None = None
 
     def within(self, name: str, **changes: Any) -> Pipeline:
@@ -241,21 +242,26 @@ class Pipeline:
             self.llm.tokenizer, self.dataset.titles(), template_of(config), context=context, inject=inject
         )
 
-    def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None):
-        """A ranker by likelihood (`evaluation.rank.make_ranker`); `heads=None` is the LLM alone."""
+    def through_llm(self, heads: Any, *, e: np.ndarray | None = None, batch: int | None = None) -> dict[str, Any]:
+        """What all that puts prompts through the LLM is made of (`evaluation.passes.Passes`)."""
+        x = self.experiment
+        return {
+            "builder": self.builder(inject=heads is not None),
+            "e": self.item_table if e is None else e,
+            "mesh": self.mesh,
+            "batch": batch or x.evaluation.batch,
+            "logit_rows": x.llm.logit_rows,
+            "how": x.devices.map,
+        }
+
+    def ranker(self, heads: Any, *, candidates: int, e: np.ndarray | None = None, batch: int | None = None) -> Ranker:
+        """A ranker by likelihood (`evaluation.rank.Ranker`); `heads=None` is the LLM alone."""
         config = self.experiment.evaluation
-        return make_ranker(
-            self.llm,
-            heads,
-            builder=self.builder(inject=heads is not None),
-            e=self.item_table if e is None else e,
-            mesh=self.mesh,
-            candidates=candidates,
-            normalise=config.score == "mean",
-            batch=batch or config.batch,
-            logit_rows=self.experiment.llm.logit_rows,
-            how=self.experiment.devices.map,
-        )
+        options = {"candidates": candidates, "normalise": config.score == "mean"}
+        options |= self.through_llm(heads, e=e, batch=batch)
+        ranker = Ranker(self.llm, heads, **options, scorer=self._scorers.get(candidates))
+        self._scorers[candidates] = ranker.scorer  # compiled once for all models
+        return ranker
 
 
 def train(pipeline: Pipeline, stage: str) -> None:

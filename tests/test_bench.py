@@ -44,7 +44,7 @@ def test_the_generated_file_is_seeded_and_has_what_real_ones_have(tmp_path):
 
 def test_mistakes_are_answered_in_a_line(capsys):
     assert main(["bench", "nothing"]) == 1
-    assert "there is no benchmark 'nothing': choose among align, cf, data" in capsys.readouterr().err
+    assert "there is no benchmark 'nothing': choose among align, cf, data, llm, rank" in capsys.readouterr().err
     assert main(["bench", "--rows", "5"]) == 1
     assert "--rows must be at least 1000" in capsys.readouterr().err
 
@@ -104,6 +104,21 @@ def test_bench_llm_takes_both_sides_through_the_same_steps(tmp_path, monkeypatch
     assert row["name"] == "llm.train"
     assert row["ours"] > 0
     assert row["baseline"] > 0
+
+
+def test_bench_rank_scores_alike_on_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    import tiny
+
+    from allmrec_jax.comparison import bench_llm, bench_rank
+
+    monkeypatch.setattr(bench_llm, "SMOLLM2", tiny.LLAMA)
+    for name, value in {"ITEMS": 60, "TITLE": 4, "SPREAD": 1, "USERS": 2, "NEW": 3}.items():
+        monkeypatch.setattr(bench_rank, name, value)
+    assert main(["bench", "rank", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())  # the scores were compared on the way
+    assert [row["name"] for row in rows] == ["rank.score20", "rank.generate"]
+    assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
 
 
 def test_peak_memory_begins_again():

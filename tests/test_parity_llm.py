@@ -18,7 +18,7 @@ from parity import assert_trees_close, gradients_of, load, randomised, weights_o
 from allmrec_jax.config import Injection  # noqa: E402
 from allmrec_jax.data.packing import pack  # noqa: E402
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder, template_of  # noqa: E402
-from allmrec_jax.evaluation.rank import make_ranker  # noqa: E402
+from allmrec_jax.evaluation.rank import Ranker  # noqa: E402
 from allmrec_jax.models import projection  # noqa: E402
 from allmrec_jax.models.llm import llama  # noqa: E402
 from allmrec_jax.models.llm.load import build  # noqa: E402
@@ -239,7 +239,7 @@ def test_the_choice_loss_and_its_gradients_are_equal(stage_2):
 @pytest.mark.parametrize("normalise", [False, True], ids=["sum", "mean"])
 def test_candidates_in_one_pass_score_as_each_alone_in_pytorch(stage_2, normalise):
     llm, heads, baseline, builder, histories, candidates, x_u, e = stage_2
-    ranker = make_ranker(
+    ranker = Ranker(
         llm, heads, builder=builder, e=e, mesh=make_mesh(1, 1), candidates=CANDIDATES, normalise=normalise, batch=USERS
     )
     ours = ranker(histories, candidates, x_u)
@@ -256,7 +256,7 @@ def test_the_llm_alone_scores_as_in_pytorch(stage_2):
     """Without heads: a prompt of titles only, nothing injected."""
     llm, _, baseline, with_slots, histories, candidates, x_u, e = stage_2
     builder = PromptBuilder(llm.tokenizer, with_slots.titles, DOMAINS["movies"], context=512, inject=False)
-    ranker = make_ranker(
+    ranker = Ranker(
         llm, None, builder=builder, e=e, mesh=make_mesh(1, 1), candidates=CANDIDATES, normalise=False, batch=USERS
     )
     ours = ranker(histories, candidates, x_u)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from allmrec_jax.data.prompts import DOMAINS, PromptBuilder
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import item_vectors, make_ranker, score_users
+from allmrec_jax.evaluation.passes import item_vectors
+from allmrec_jax.evaluation.rank import Ranker, score_users
 from allmrec_jax.models import projection
 from allmrec_jax.training.inject import init_heads
 from allmrec_jax.training.mesh import make_mesh
@@ -22,11 +23,16 @@ HISTORIES = [np.arange(1, 1 + user % 5) for user in range(USERS)]
 X_U = np.random.default_rng(0).normal(size=(USERS, 8)).astype(np.float32)
 
 
-class Ranker:
+class Telling(Ranker):
     """A cheap stand-in: a score that says which user and candidate it is of."""
+
+    padding = 0.0
 
     def __init__(self, *, interrupt_after: int = 10**9, value: float = 0.0):
         self.calls, self.interrupt_after, self.value = 0, interrupt_after, value
+
+    def arrange(self, histories, candidates):
+        return np.arange(len(histories))[::-1]
 
     def __call__(self, histories, candidates, x_u):
         assert len(histories) == len(candidates) == len(x_u) <= BATCH
@@ -48,7 +54,7 @@ def expected() -> np.ndarray:
 
 
 def test_every_user_is_scored_in_the_right_row(tmp_path, expected):
-    ranker = Ranker()
+    ranker = Telling()
     np.testing.assert_allclose(score(ranker, tmp_path / "new" / "scores.npy"), expected, rtol=1e-6)
     assert ranker.calls == 6
     np.testing.assert_array_equal(np.load(tmp_path / "new" / "scores.npy"), expected)
@@ -57,12 +63,12 @@ def test_every_user_is_scored_in_the_right_row(tmp_path, expected):
 def test_an_interrupted_evaluation_goes_on_from_what_was_saved(tmp_path, expected):
     saved = tmp_path / "scores.npy"
     with pytest.raises(KeyboardInterrupt):
-        score(Ranker(interrupt_after=3), saved, save_every=2)
+        score(Telling(interrupt_after=3), saved, save_every=2)
     assert np.isfinite(np.load(saved)).all(1).sum() == 2 * BATCH
-    ranker = Ranker()
+    ranker = Telling()
     np.testing.assert_allclose(score(ranker, saved), expected, rtol=1e-6)
     assert ranker.calls == 4
-    finished = Ranker()
+    finished = Telling()
     np.testing.assert_allclose(score(finished, saved), expected, rtol=1e-6)
     assert finished.calls == 0
 
@@ -70,7 +76,7 @@ def test_an_interrupted_evaluation_goes_on_from_what_was_saved(tmp_path, expecte
 @pytest.mark.parametrize("damage", ["truncated", "empty", "not an array", "a broken header", "another shape"])
 def test_a_damaged_file_is_scored_again(tmp_path, expected, damage):
     saved = tmp_path / "scores.npy"
-    score(Ranker(value=5.0), saved)
+    score(Telling(value=5.0), saved)
     content = saved.read_bytes()
     if damage == "another shape":
         np.save(saved, np.zeros((USERS, 4), np.float32))
@@ -84,13 +90,13 @@ def test_a_damaged_file_is_scored_again(tmp_path, expected, damage):
             }[damage]
         )
     out = io.StringIO()
-    np.testing.assert_allclose(score(Ranker(), saved, out), expected, rtol=1e-6)
+    np.testing.assert_allclose(score(Telling(), saved, out), expected, rtol=1e-6)
     assert ("is damaged; scoring again" in out.getvalue()) == (damage != "another shape")
 
 
 def test_a_likelihood_that_is_not_finite_stops_it(tmp_path):
     with pytest.raises(UserError, match="ranking: a likelihood is not finite"):
-        score(Ranker(value=np.nan), tmp_path / "scores.npy")
+        score(Telling(value=np.nan), tmp_path / "scores.npy")
     assert not (tmp_path / "scores.npy").exists()
 
 
@@ -109,7 +115,7 @@ def rankers():
         embed = jnp.asarray(jax.device_get(llm.weights["weights"]["embed"]))
         heads = init_heads(jax.random.key(0), jnp.asarray(X_U), jnp.asarray(e[1:]), embed) if inject else None
         builder = PromptBuilder(llm.tokenizer, titles, DOMAINS["movies"], context=512, inject=inject)
-        return make_ranker(llm, heads, builder=builder, e=e, mesh=mesh, candidates=3, batch=BATCH)
+        return Ranker(llm, heads, builder=builder, e=e, mesh=mesh, candidates=3, batch=BATCH)
 
     return make
 

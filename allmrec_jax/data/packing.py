@@ -131,10 +131,28 @@ class Tiers:
 
     The lengths are those with the least padding over `lengths`, rows as `room` has seen them. Counts the real and the
     computed tokens of all that it has packed.
+
+    Args:
+      most: lengths that are compiled.
+      answers: tokens of each of these rows' answers, where they differ much: a length has room for what its own rows
+        and the shorter ones have.
     """
 
-    def __init__(self, rows: int, lengths: Integer[np.ndarray, " rows"], room: Room):
-        self.rows, self.room, self.widths = rows, room, text_widths(lengths, most=MOST_TIERS)
+    def __init__(
+        self,
+        rows: int,
+        lengths: Integer[np.ndarray, " rows"],
+        room: Room,
+        *,
+        most: int = MOST_TIERS,
+        answers: Integer[np.ndarray, " rows"] | None = None,
+    ):
+        self.rows, self.room, self.widths = rows, room, text_widths(lengths, most=most)
+        self.rooms = {width: room._replace(time=width) for width in self.widths}
+        if answers is not None:
+            for width in self.widths:
+                most_tokens = _round_up(int(answers[lengths <= width].max(initial=0)), 64)
+                self.rooms[width] = Room(width, most_tokens, room.slots)
         self.real = self.computed = 0
 
     def parts(
@@ -156,7 +174,7 @@ class Tiers:
                 targets=np.asarray(targets)[chosen],
                 batch=self.rows,
                 tier=1 if time else TIER,
-                least=self.room._replace(time=time),
+                least=self.rooms.get(time, self.room._replace(time=0)),
                 whole=whole,
             )
             self.real, self.computed = self.real + int(lengths[chosen].sum()), self.computed + part["tokens"].size

@@ -7,71 +7,71 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from rich.console import Console
 
-from allmrec_jax.data.packing import pack
 from allmrec_jax.data.prompts import Items, PromptBuilder
 from allmrec_jax.errors import UserError
+from allmrec_jax.evaluation.passes import Passes
 from allmrec_jax.files import write_atomically
-from allmrec_jax.models import projection
 from allmrec_jax.models.llm.load import FrozenLLM
 from allmrec_jax.progress import progress, say
-from allmrec_jax.training.inject import freeze
 from allmrec_jax.training.inject_step import make_scorer
-from allmrec_jax.training.mesh import Mapping, map_over_data
+from allmrec_jax.training.mesh import Mapping
 
 
-def item_vectors(
-    F_I: Any, e: Float[np.ndarray, "items joint"], devices: Sequence[Any], how: Mapping = "shard_map"
-) -> Float[np.ndarray, "items h"]:
-    """O_i = F_I(e_i) of the whole catalogue, cut over the devices."""
-    rows = -(-len(e) // len(devices)) * len(devices)
-    mapped = map_over_data(projection.F_I, devices, batched=(False, True), how=how, batched_outputs=True)
-    return np.asarray(mapped(F_I, np.pad(e, ((0, rows - len(e)), (0, 0)))))[: len(e)]
+class Ranker(Passes):
+    """Scores of users' candidates: `(histories, candidates (users, c), x_u (users, d)) -> (users, c)`.
 
-
-def make_ranker(
-    llm: FrozenLLM,
-    heads: Any,
-    *,
-    builder: PromptBuilder,
-    e: np.ndarray,
-    mesh: Mesh,
-    candidates: int,
-    normalise: bool = True,
-    batch: int = 4,
-    logit_rows: int | None = None,
-    how: Mapping = "shard_map",
-) -> Callable[[Sequence[Items], np.ndarray, np.ndarray], np.ndarray]:
-    """`(histories, candidates (users, c), x_u (users, d)) -> scores (users, c)` for at most `batch` users.
-
-    `heads=None` ranks by the LLM alone (then `builder` must not inject).
+    Args (and those of `Passes`):
+      candidates: that are scored of each user.
+      normalise: divide by the number of the title's tokens (`score="mean"`).
+      scorer: that of another ranker of this LLM with the same settings, which has compiled already.
     """
-    frozen, shardings = freeze(llm, mesh)
-    scorer = make_scorer(llm.graph, shardings, mesh, answers=candidates, normalise=normalise, logit_rows=logit_rows)
-    O_i = None if heads is None else jnp.asarray(item_vectors(heads["F_I"], e, list(mesh.devices.flat), how))
-    F_U = jax.jit(projection.F_U)
 
-    def rank(histories: Sequence[Items], lists: np.ndarray, x_u: np.ndarray) -> np.ndarray:
-        n = len(lists)
-        prompts = builder.prompts(histories, lists)
-        answers = [builder.answers(row.tolist()) for row in lists]
-        packed = pack(prompts, answers, rows=range(n), batch=batch)
-        if heads is None:
-            return np.asarray(scorer(None, frozen, packed))[:n]
-        some = np.zeros((batch, x_u.shape[1]), np.float32)
-        some[:n] = x_u
-        return np.asarray(scorer({"O_u": F_U(heads["F_U"], some), "O_i": O_i}, frozen, packed))[:n]
+    def __init__(
+        self,
+        llm: FrozenLLM,
+        heads: Any,
+        *,
+        builder: PromptBuilder,
+        e: np.ndarray,
+        mesh: Mesh,
+        candidates: int,
+        normalise: bool = True,
+        batch: int = 4,
+        logit_rows: int | None = None,
+        how: Mapping = "shard_map",
+        scorer: Callable[..., jax.Array] | None = None,
+    ):
+        super().__init__(llm, heads, builder=builder, e=e, mesh=mesh, batch=batch, how=how)
+        options = {"answers": candidates, "normalise": normalise, "logit_rows": logit_rows}
+        self.scorer = scorer or make_scorer(llm.graph, self.shardings, mesh, **options)
 
-    return rank
+    def __call__(
+        self,
+        histories: Sequence[Items],
+        candidates: Int[np.ndarray, "users c"],
+        x_u: Float[np.ndarray, "users d"],
+        asked: Int[np.ndarray, "users a"] | None = None,
+    ) -> Float[np.ndarray, "users _"]:
+        """The scores.
+
+        Args:
+          asked: the items that are scored, if not the candidates that the prompt names.
+        """
+        scores = np.empty((candidates if asked is None else asked).shape, np.float32)
+        parts = self.parts(histories, candidates, x_u, asked)
+        pending = [(part.users, self.scorer(part.tables, self.frozen, part.batch)) for part in parts]
+        for users, found in pending:
+            scores[users] = np.asarray(found)[: len(users)]
+        return scores
 
 
 def score_users(
-    ranker: Callable[..., np.ndarray],
+    ranker: Ranker,
     histories: Sequence[Items],
     candidates: Int[np.ndarray, "users candidates"],
     x_u: Float[np.ndarray, "users d"],
@@ -83,6 +83,8 @@ def score_users(
     console: Console | None = None,
 ) -> Float[np.ndarray, "users candidates"]:
     """Scores of all users, kept in `saved` every few batches so that an interrupted evaluation goes on.
+
+    The users with the longest prompts come first: what does not fit fails at once.
 
     Raises:
       UserError: if a score is not finite.
@@ -97,6 +99,7 @@ def score_users(
         except Exception:  # whatever a damaged header makes NumPy raise
             say(console or Console(), f"{saved} is damaged; scoring again")
     todo = np.flatnonzero(np.isnan(scores).any(1))
+    todo = todo[ranker.arrange([histories[u] for u in todo], candidates[todo])]
     before = len(scores) - len(todo)
     with progress(label, len(scores), done=before, unit="users", console=console) as bar:
         for k, start in enumerate(range(0, len(todo), batch)):
@@ -107,6 +110,8 @@ def score_users(
             bar.update(before + start + len(chosen))
             if k % save_every == save_every - 1 or start + batch >= len(todo):
                 _save(saved, scores)
+    if len(todo):
+        say(console or Console(), f"{label}: {ranker.padding:.1%} of the LLM's tokens were padding")
     return scores
 
 

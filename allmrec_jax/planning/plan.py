@@ -46,6 +46,12 @@ class Plan:
     """(change, predicted bytes a chip)."""
 
     @property
+    def ranked(self) -> int:
+        """Users of a pass of the ranker (`evaluation.rank.Ranker`)."""
+        on_cpu = self.hardware.platform == "cpu"
+        return self.programs.mesh.shape["data"] if on_cpu else self.experiment.evaluation.batch
+
+    @property
     def used(self) -> float:
         return sum(self.parts.values())
 
@@ -62,8 +68,7 @@ class Plan:
         """By the roofline, of ranking one user's candidates."""
         if self.hardware.chip is None:
             return None
-        users = self.experiment.evaluation.batch
-        return roofline.rank_work(self.programs, users).seconds(self.hardware.chip) / users
+        return roofline.rank_work(self.programs, self.ranked).seconds(self.hardware.chip) / self.ranked
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes. Unknown is null."""
@@ -221,14 +226,14 @@ def _compile(found: Plan, largest: bool, report: Callable[[str], None]) -> None:
     if found.users in memories:
         seconds.append(memories[found.users].seconds)
     try:
-        m = programs.compile_scorer(found.experiment.evaluation.batch)
+        m = programs.compile_scorer(found.ranked)
         found.rank = m.arguments + m.new + m.temporaries
         ranks = found.rank <= usable
-        note(f"ranking, {found.experiment.evaluation.batch} users a pass", found.rank, ranks, m.seconds)
+        note(f"ranking, {found.ranked} users a pass", found.rank, ranks, m.seconds)
         seconds.append(m.seconds)
     except TooLarge as error:
         ranks = False
-        note(f"ranking, {found.experiment.evaluation.batch} users a pass", error.used, False)
+        note(f"ranking, {found.ranked} users a pass", error.used, False)
     found.fits, found.compiled, found.compile_seconds = bool(fits and ranks), True, sum(seconds)
 
 

@@ -7,6 +7,7 @@ labels of -100 wherever a token is not part of the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -46,25 +47,60 @@ class Injector(nn.Module):
         answers: Sequence[Sequence[int]],
         x_u: Float[Tensor, "batch d"],
         e: Float[Tensor, "items joint"],
+        *,
+        answers_only: bool = False,
     ) -> tuple[Float[Tensor, "batch time vocab"], Tensor]:
-        """Logits at every position of prompt + answer, and the label that each of them predicts (-100: none)."""
-        embed, rows, labels = self.llm.get_input_embeddings(), [], []
-        O_u = self.log_proj(x_u)
-        for prompt, answer, own_O_u in zip(prompts, answers, O_u, strict=True):
-            ids = torch.tensor([*prompt.tokens, *answer])
-            x = embed(ids).clone()
-            if prompt.slots:
-                x[prompt.slots] = self.item_proj(e[prompt.slot_items])
-            if prompt.user_slot is not None:
-                x[prompt.user_slot] = own_O_u
-            rows.append(x)
-            target = ids.clone()
+        """Logits at every position of prompt + answer, and the label that each of them predicts (-100: none).
+
+        Args:
+          answers_only: leave out the positions before the first that predicts an answer in any row.
+        """
+        rows, labels = self._embedded(prompts, answers, x_u, e), []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            target = torch.tensor([*prompt.tokens, *answer])
             target[: len(prompt.tokens)] = IGNORED
             labels.append(F.pad(target[1:], (0, 1), value=IGNORED))
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(x), dtype=torch.long) for x in rows], batch_first=True)
         x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        return self.llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits, labels
+        keep = x.shape[1] - min(len(prompt.tokens) for prompt in prompts) + 1 if answers_only else x.shape[1]
+        logits = self.llm(inputs_embeds=x, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
+        return logits, labels[:, -keep:]
+
+    def _embedded(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        x_u: Float[Tensor, "batch d"],
+        e: Float[Tensor, "items joint"],
+    ) -> list[Tensor]:
+        """Embeddings of each prompt + answer, O_u and O_i injected."""
+        embed, rows = self.llm.get_input_embeddings(), []
+        for prompt, answer, O_u in zip(prompts, answers, self.log_proj(x_u), strict=True):
+            x = embed(torch.tensor([*prompt.tokens, *answer])).clone()
+            if prompt.slots:
+                x[prompt.slots] = self.item_proj(e[prompt.slot_items])
+            if prompt.user_slot is not None:
+                x[prompt.user_slot] = O_u
+            rows.append(x)
+        return rows
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        x_u: Float[Tensor, "batch d"],
+        e: Float[Tensor, "items joint"],
+        *,
+        new: int,
+        **options: Any,
+    ) -> Int[Tensor, "batch new"]:
+        """At most `new` tokens of each answer, by transformers' `generate` (greedy, if `options` say nothing else)."""
+        rows = self._embedded(prompts, [[]] * len(prompts), x_u, e)
+        mask = [torch.ones(len(x), dtype=torch.long) for x in rows]
+        x, mask = (nn.utils.rnn.pad_sequence(y, batch_first=True, padding_side="left") for y in (rows, mask))
+        return self.llm.generate(
+            inputs_embeds=x, attention_mask=mask, max_new_tokens=new, **{"do_sample": False} | options
+        )
 
     def forward(
         self,
@@ -83,11 +119,13 @@ class Injector(nn.Module):
         answers: Sequence[Sequence[int]],
         x_u: Float[Tensor, "batch d"],
         e: Float[Tensor, "items joint"],
+        *,
+        answers_only: bool = False,
     ) -> Float[Tensor, " batch"]:
         """Sum over each answer's tokens of their log-likelihood."""
-        logits, labels = self.logits(prompts, answers, x_u, e)
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return -losses.sum(1)
+        logits, labels = self.logits(prompts, answers, x_u, e, answers_only=answers_only)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return -losses.reshape(labels.shape).sum(1)
 
     def choice_loss(
         self,

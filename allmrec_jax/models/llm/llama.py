@@ -6,7 +6,7 @@ to q, k and v; Qwen3 a norm of each head's q and k; Mistral's first version a wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from allmrec_jax.errors import UserError
-from allmrec_jax.models.llm import attention, rotary
-from allmrec_jax.models.llm.module import INIT, LanguageModel, Stack, bias
+from allmrec_jax.models.llm import rotary
+from allmrec_jax.models.llm.module import INIT, Block, LanguageModel, See, Stack, bias
 from allmrec_jax.models.llm.quantize import einsum
 from allmrec_jax.models.params import Parameter, constant
 
@@ -106,24 +106,12 @@ class Llama(LanguageModel):
 
     describe = staticmethod(describe)
 
-    def __call__(
-        self,
-        embeddings: Float[Array, "batch time h"],
-        branch: Int[Array, "batch time"],
-        *,
-        remat: Callable | None = None,
-    ) -> Float[Array, "batch time h"]:
-        """Hidden states after the last norm.
+    @property
+    def window(self) -> int | None:
+        return self.config.sliding_window
 
-        Args:
-          embeddings: token embeddings with whatever was injected.
-          branch: 0 prompt, 1.. branches, -1 padding (see `attention.branch_mask`).
-          remat: a `jax.checkpoint` policy for the backward pass of each layer; None keeps all activations.
-        """
-        c, weights = self.config, nnx.as_pure(self.weights)
-        mask, positions = attention.branch_mask(branch), attention.branch_positions(branch)
-        if c.sliding_window is not None and c.sliding_window < branch.shape[1]:
-            mask = mask & attention.window_mask(positions, c.sliding_window)
+    def block(self, positions: Int[Array, "batch time"]) -> Block:
+        c = self.config
         frequency = rotary.frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
 
         def dense(pattern: str, x: jax.Array, w: dict[str, Any], name: str) -> jax.Array:
@@ -135,19 +123,18 @@ class Llama(LanguageModel):
                 x = rms_norm(x, w[f"{name}_norm"], c.rms_norm_eps)
             return rotary.rotate(x, positions, frequency)
 
-        def block(x: jax.Array, w: dict[str, Any]) -> tuple[jax.Array, None]:
+        def block(x: jax.Array, w: dict[str, Any], see: See) -> jax.Array:
             y = rms_norm(x, w["attention_norm"], c.rms_norm_eps)
             q, k, v = turned(y, w, "q"), turned(y, w, "k"), dense("bth,hnk->btnk", y, w, "v")
-            x = x + dense("btnk,nkh->bth", attention.attend(q, k, v, mask), w, "o")
+            x = x + dense("btnk,nkh->bth", see(q, k, v), w, "o")
             y = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
             gated = jax.nn.silu(dense("bth,hf->btf", y, w, "gate")) * dense("bth,hf->btf", y, w, "up")
-            return x + dense("btf,fh->bth", gated, w, "down"), None
+            return x + dense("btf,fh->bth", gated, w, "down")
 
-        if remat is not None:
-            block = jax.checkpoint(block, policy=remat)
-        with jax.named_scope("llm"):
-            x, _ = jax.lax.scan(block, embeddings, weights["layers"])
-        return rms_norm(x, weights["norm"], c.rms_norm_eps)
+        return block
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, nnx.as_pure(self.weights)["norm"], self.config.rms_norm_eps)
 
 
 def read_config(raw: Mapping[str, Any], source: str) -> LlamaConfig:

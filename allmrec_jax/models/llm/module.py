@@ -8,14 +8,17 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from allmrec_jax.models import params
-from allmrec_jax.models.llm import quantize
+from allmrec_jax.models.llm import attention, cache, quantize
+from allmrec_jax.models.llm.cache import Cache
 from allmrec_jax.models.llm.quantize import FLOAT32, Precision
 from allmrec_jax.models.params import Parameter, constant, normal
 
 INIT = normal(0.02)
+See = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> what each query sees
+Block = Callable[[jax.Array, dict[str, Any], See], jax.Array]  # (x, a layer's weights, see) -> x
 
 
 class Config(Protocol):
@@ -37,8 +40,11 @@ class LanguageModel(nnx.Module):
     """A frozen LLM: token embedding, blocks and output are separate so that embeddings can be injected in between.
 
     A subclass gives `describe` (every parameter, layers stacked on axis 0; the tables are called `embed` and, where it
-    is not the same, `output`) and `__call__`.
+    is not the same, `output`) and what stands before, in and after its layers: `enter`, `block` and `leave`.
     """
+
+    window: int | None = None
+    """Tokens that attention looks back, itself counted; None sees all."""
 
     describe: ClassVar[Callable[[Any], dict[str, Any]]]
 
@@ -47,6 +53,95 @@ class LanguageModel(nnx.Module):
         description = type(self).describe(config)
         tree = quantize.tree(description, params.init(key, description), precision)
         self.weights = nnx.data(jax.tree.map(nnx.Param, tree))
+
+    def enter(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer gets, from embeddings."""
+        return x
+
+    def block(self, positions: jax.Array) -> Block:
+        """A layer for tokens at these positions."""
+        raise NotImplementedError
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """What `logits` gets, from the last layer."""
+        return x
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "batch time h"],
+        branch: Int[Array, "batch time"],
+        *,
+        remat: Callable | None = None,
+        columns: int | None = None,
+    ) -> Any:
+        """Hidden states after the last norm, of the width of the embeddings.
+
+        Args:
+          embeddings: token embeddings with whatever was injected.
+          branch: 0 prompt, 1.. branches, -1 padding (see `attention.branch_mask`).
+          remat: a `jax.checkpoint` policy for the backward pass of each layer; None keeps all activations.
+          columns: also give the `Cache` of these tokens, with so many columns.
+        """
+        mask, positions = attention.branch_mask(branch), attention.branch_positions(branch)
+        if self.window is not None and self.window < branch.shape[1]:
+            mask = mask & attention.window_mask(positions, self.window)
+        block = self.block(positions)
+
+        def layer(x: jax.Array, w: dict[str, Any]) -> tuple[jax.Array, Any]:
+            kept = []
+
+            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                kept.extend((k, v))
+                return attention.attend(q, k, v, mask)
+
+            x = block(x, w, see)
+            return x, None if columns is None else kept
+
+        if remat is not None:
+            layer = jax.checkpoint(layer, policy=remat)
+        with jax.named_scope("llm"):
+            x, kept = jax.lax.scan(layer, self.enter(embeddings, positions), nnx.as_pure(self.weights)["layers"])
+        if columns is None:
+            return self.leave(x)
+        at = jnp.where(branch == attention.PAD, cache.NOTHING, positions)
+        return self.leave(x), cache.with_room(*kept, at, columns)
+
+    def extend(
+        self,
+        embeddings: Float[Array, "batch new h"],
+        positions: Int[Array, "batch new"],
+        seen: Bool[Array, "batch new columns"],
+        before: Cache,
+        at: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch new h"], Cache]:
+        """Hidden states of more tokens, and the cache with them in its columns from `at` on.
+
+        Args:
+          seen: the columns that each of them sees, its own among them.
+        """
+        where = jax.lax.dynamic_update_slice(before.positions, positions, (0, at))
+        if self.window is not None:
+            seen = seen & (positions[:, :, None] - where[:, None, :] < self.window)
+        block, layers = self.block(positions), nnx.as_pure(self.weights)["layers"]
+
+        def layer(carry: tuple[jax.Array, ...], inputs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+            x, keys, values = carry
+            w, number = inputs
+
+            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal keys, values
+                keys, k = cache.put(keys, k, number, at)
+                values, v = cache.put(values, v, number, at)
+                return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+
+            x = block(x, w, see)
+            return (x, keys, values), None
+
+        with jax.named_scope("llm"):
+            carry = self.enter(embeddings, positions), before.keys, before.values
+            numbers = jnp.arange(before.keys.shape[0])
+            (x, keys, values), _ = jax.lax.scan(layer, carry, (layers, numbers))
+        return self.leave(x), Cache(keys, values, where)
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time h"]:
         """Token embeddings; ids outside the vocabulary are clipped, so injection slots may hold any id."""

@@ -7,7 +7,7 @@ the width of the blocks (1,024) and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from allmrec_jax.errors import UserError
-from allmrec_jax.models.llm import attention
-from allmrec_jax.models.llm.module import INIT, LanguageModel, Stack, bias
+from allmrec_jax.models.llm.module import INIT, Block, LanguageModel, See, Stack, bias
 from allmrec_jax.models.llm.quantize import einsum
 from allmrec_jax.models.params import Parameter, constant
 
@@ -110,53 +109,37 @@ class OPT(LanguageModel):
 
     describe = staticmethod(describe)
 
-    def __call__(
-        self,
-        embeddings: Float[Array, "batch time h"],
-        branch: Int[Array, "batch time"],
-        *,
-        remat: Callable | None = None,
-    ) -> Float[Array, "batch time h"]:
-        """Hidden states, of the width of the embeddings.
+    def enter(self, x: jax.Array, positions: Int[Array, "batch time"]) -> jax.Array:
+        weights = nnx.as_pure(self.weights)
+        if "project_in" in weights:
+            x = jnp.einsum("btp,ph->bth", x, weights["project_in"])
+        return x + jnp.take(weights["positions"], positions + OFFSET, axis=0, mode="clip")
 
-        Args:
-          embeddings: token embeddings with whatever was injected.
-          branch: 0 prompt, 1.. branches, -1 padding (see `attention.branch_mask`).
-          remat: a `jax.checkpoint` policy for the backward pass of each layer; None keeps all activations.
-        """
-        c, weights = self.config, nnx.as_pure(self.weights)
-        mask, positions = attention.branch_mask(branch), attention.branch_positions(branch)
-
+    def block(self, positions: Int[Array, "batch time"]) -> Block:
         def dense(pattern: str, x: jax.Array, w: dict[str, Any]) -> jax.Array:
             return bias(einsum(pattern, x, w["kernel"]), w, "bias")
 
-        def attend(y: jax.Array, w: dict[str, Any]) -> jax.Array:
+        def attend(y: jax.Array, w: dict[str, Any], see: See) -> jax.Array:
             q, k, v = (dense("bth,hnk->btnk", y, w[name]) for name in "qkv")
-            return dense("btnk,nkh->bth", attention.attend(q, k, v, mask), w["o"])
+            return dense("btnk,nkh->bth", see(q, k, v), w["o"])
 
         def mlp(y: jax.Array, w: dict[str, Any]) -> jax.Array:
             return dense("btf,fh->bth", jax.nn.relu(dense("bth,hf->btf", y, w["up"])), w["down"])
 
-        def block(x: jax.Array, w: dict[str, Any]) -> tuple[jax.Array, None]:
-            if c.do_layer_norm_before:
-                x = x + attend(layer_norm(x, w["attention_norm"]), w)
-                return x + mlp(layer_norm(x, w["mlp_norm"]), w), None
-            x = layer_norm(x + attend(x, w), w["attention_norm"])
-            return layer_norm(x + mlp(x, w), w["mlp_norm"]), None
+        def block(x: jax.Array, w: dict[str, Any], see: See) -> jax.Array:
+            if self.config.do_layer_norm_before:
+                x = x + attend(layer_norm(x, w["attention_norm"]), w, see)
+                return x + mlp(layer_norm(x, w["mlp_norm"]), w)
+            x = layer_norm(x + attend(x, w, see), w["attention_norm"])
+            return layer_norm(x + mlp(x, w), w["mlp_norm"])
 
-        if remat is not None:
-            block = jax.checkpoint(block, policy=remat)
-        with jax.named_scope("llm"):
-            x = embeddings
-            if "project_in" in weights:
-                x = jnp.einsum("btp,ph->bth", x, weights["project_in"])
-            x = x + jnp.take(weights["positions"], positions + OFFSET, axis=0, mode="clip")
-            x, _ = jax.lax.scan(block, x, weights["layers"])
-            if "norm" in weights:
-                x = layer_norm(x, weights["norm"])
-            if "project_out" in weights:
-                x = jnp.einsum("bth,hp->btp", x, weights["project_out"])
-        return x
+        return block
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        weights = nnx.as_pure(self.weights)
+        if "norm" in weights:
+            x = layer_norm(x, weights["norm"])
+        return jnp.einsum("bth,hp->btp", x, weights["project_out"]) if "project_out" in weights else x
 
 
 def read_config(raw: Mapping[str, Any], source: str) -> OPTConfig:
