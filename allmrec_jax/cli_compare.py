@@ -10,6 +10,7 @@ from typing import Any
 from allmrec_jax import cli_fields
 from allmrec_jax.errors import UserError
 
+STAGES = ("cf", "align", "llm")
 FORMS = ("public", "safetensors", "prompt-embeds")
 
 
@@ -51,6 +52,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     compared.add_argument("--workdir", type=Path, required=True, help="a work directory, trained or to be made")
     compared.add_argument("--config", help="a Python config file, or the name of one (default: the work directory's)")
+    compared.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which (default: all three)")
     compared.add_argument("--steps", type=int, default=5, help="optimiser steps of each stage (default 5)")
     compared.add_argument("--users", type=int, help="users whose candidates the LLM ranks on both sides (default 8)")
     compared.add_argument("--train", action="store_true", help="train all three stages in both, from the same weights")
@@ -63,6 +65,8 @@ def run_compare(arguments: argparse.Namespace, pipeline: Any) -> None:
     from allmrec_jax.comparison import checks, compare, compare_report
     from allmrec_jax.evaluation.evaluate import hardware
 
+    if arguments.train and tuple(arguments.stage) != STAGES:
+        raise UserError("--train trains all stages, since each builds on the one before; leave --stage out")
     if arguments.steps < 1 or (arguments.users or 1) < 1:
         raise UserError("--steps and --users must be at least 1")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
@@ -72,7 +76,8 @@ def run_compare(arguments: argparse.Namespace, pipeline: Any) -> None:
 
         found = train_both(pipeline, users=arguments.users or 32)
     else:
-        found = compare.compare(pipeline, steps=arguments.steps, users=arguments.users or 8)
+        stages = tuple(stage for stage in STAGES if stage in arguments.stage)
+        found = compare.compare(pipeline, steps=arguments.steps, users=arguments.users or 8, stages=stages)
     x = pipeline.experiment
     about = {"config": x.name, "data": pipeline.dataset.name, "model": x.cf.model, "encoder": x.align.encoder}
     about |= {"LLM": x.llm.llm, **compare.versions(), **hardware()}

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-
 from rich.console import Console
 
 from allmrec_jax import cli_data

@@ -111,7 +111,8 @@ def test_a_difference_in_sasrec_is_found_in_its_block(experiment, tmp_path, monk
 
 def test_a_difference_in_the_encoder_is_found_in_its_layer(experiment, tmp_path, monkeypatch):
     def change(modules):
-        modules["encoder"].transformer.encoder.layer[0].output.dense.weight *= 1.1
+        bias = modules["encoder"].transformer.encoder.layer[0].output.dense.bias
+        bias += torch.linspace(0, 0.3, len(bias))
 
     monkeypatch.setattr(stage_align, "baseline", altered(stage_align.baseline, change))
     found = compare.compare(Pipeline(experiment, tmp_path / "w"), steps=2, stages=("align",))
@@ -122,14 +123,12 @@ def test_a_difference_in_the_encoder_is_found_in_its_layer(experiment, tmp_path,
 
 def test_a_difference_in_the_llm_is_found_in_its_layer_and_the_command_fails(options, tmp_path, monkeypatch, capsys):
     def change(model):
-        model.model.layers[1].mlp.down_proj.weight *= 1.2
+        model.model.layers[1].mlp.down_proj.weight *= 2
 
     monkeypatch.setattr(stage_llm, "transformer", altered(stage_llm.transformer, change))
-    original = compare.compare
-    monkeypatch.setattr(compare, "compare", lambda pipeline, **kept: original(pipeline, **kept, stages=("llm",)))
     work, file = tmp_path / "w", tmp_path / "c.json"
-    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--steps", "1", "--users", "2"]
-    assert cli.main([*arguments, *options, "--json", str(file)]) == 1
+    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--steps", "2", "--users", "3"]
+    assert cli.main([*arguments, "--stage", "llm", *options, "--json", str(file)]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "checks differ; the first is stage 2: log-likelihoods of candidates, first in the LLM's layer 2" in said
@@ -235,7 +234,7 @@ def test_mistakes(arguments, hint, tmp_path, monkeypatch, capsys):
 
 def test_both_trained_from_the_same_weights_end_with_the_same_metrics(options, tmp_path):
     work, file = tmp_path / "w", tmp_path / "c.json"
-    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--train", "--users", "4"]
+    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--train", "--users", "3"]
     assert cli.main([*arguments, *options, "--json", str(file)]) == 0
     found = {entry["name"]: entry for entry in json.loads(file.read_text())["checks"]}
     for stage in STAGES:
