@@ -21,10 +21,9 @@ from allmrec_jax.comparison import checks, stage_align, stage_cf, stage_llm
 from allmrec_jax.comparison.checks import TOLERANCES, Check, Trace, check, check_order, check_runs
 from allmrec_jax.comparison.exporting import trained_stages
 from allmrec_jax.comparison.stage_llm import Asked, Inputs
-from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.data.prompts import PromptBuilder
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import metrics
+from allmrec_jax.evaluation import lists, metrics
 from allmrec_jax.models import collaborative, params
 from allmrec_jax.models.llm.load import FrozenLLM, load_llm
 from allmrec_jax.pipeline import Pipeline
@@ -113,11 +112,8 @@ class Users:
 
     def __init__(self, parts: Parts, count: int):
         x, dataset = parts.x, parts.pipeline.dataset
-        everybody = np.flatnonzero(dataset.has_target("test"))
-        if not len(everybody):
-            raise UserError(f"{dataset.name}: no user has three items, so there is nobody to rank for")
-        self.ids = np.random.default_rng([x.seed, 5]).permutation(everybody)[:count]
-        self.candidates, self.column = draw_for_test(dataset, self.ids, seed=x.seed, count=x.evaluation.candidates)
+        found = lists.draw(dataset, "test", seed=x.seed, most=count, candidates=x.evaluation.candidates)
+        self.ids, self.candidates, self.column = found.users, found.candidates, found.column
         ends = dataset.history_end("test")[self.ids]
         self.windows = dataset.windows(ends, parts.cf.config.maxlen, self.ids)
         self.asked = Asked([row[row != 0] for row in dataset.windows(ends, x.llm.history, self.ids)], self.candidates)

@@ -72,7 +72,7 @@ def _metrics(found: Comparison, name: str, scores: dict[str, np.ndarray], column
 
 def _stage_0(found: Comparison, parts: Parts) -> dict[str, CFModel]:
     x, c, dataset, start = parts.x, parts.cf.config, parts.pipeline.dataset, parts.cf.params
-    steps = max(1, dataset.n_users // x.cf.batch) * x.cf.epochs
+    steps = max(1, dataset.n_trained // x.cf.batch) * x.cf.epochs
     train = {"ours": stage_cf.ours, "theirs": stage_cf.theirs}
     runs = {side: train[side](x.cf, c, start, dataset, seed=x.seed, steps=steps) for side in SIDES}
     _losses(found, "stage 0", {side: run.losses for side, run in runs.items()})

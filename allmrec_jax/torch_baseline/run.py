@@ -18,11 +18,10 @@ from rich.console import Console
 from allmrec_jax.comparison.public_checkpoints import STAGE_1, STAGE_2, PublicFiles
 from allmrec_jax.comparison.stage_llm import transformer
 from allmrec_jax.config import Experiment
-from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.data.public_files import SEQUENCES, write_public
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation import metrics
+from allmrec_jax.evaluation import lists, metrics
 from allmrec_jax.models.llm.load import load_llm
 from allmrec_jax.models.sasrec import SASRecConfig
 from allmrec_jax.models.text_encoder import describe, tokenize
@@ -74,7 +73,7 @@ class Stages:
         if path.is_file():
             model.load_state_dict(torch.load(path, weights_only=False)[1])
             return model.eval()
-        an_epoch, best = max(1, dataset.n_users // config.batch), (-1.0, None)
+        an_epoch, best = max(1, dataset.n_trained // config.batch), (-1.0, None)
         drawn = data.cf_batches(dataset, config, self.rng, an_epoch * epochs)
         losses = training.train_cf(model.train(), drawn, config, dataset.n_items)
 
@@ -207,9 +206,9 @@ class Stages:
         model = self.sasrec()
         f_I, _, _ = self.aligned(model)
         injector, builder, e = self.injector(model, f_I)
-        everybody = np.random.default_rng([x.seed, 5]).permutation(np.flatnonzero(dataset.has_target("test")))
-        chosen = everybody[: users or x.evaluation.users]
-        candidates, column = draw_for_test(dataset, chosen, seed=x.seed, count=x.evaluation.candidates)
+        most, count = users or x.evaluation.users, x.evaluation.candidates
+        asked = lists.draw(dataset, "test", seed=x.seed, most=most, candidates=count)
+        chosen, candidates, column = asked.users, asked.candidates, asked.column
         ends = dataset.history_end("test")[chosen]
         x_u = data.representer(model, dropout=False)(dataset.windows(ends, x.cf.maxlen, chosen), chosen)
         prompts = builder.prompts([h[h != 0] for h in dataset.windows(ends, x.llm.history, chosen)], candidates)
