@@ -242,3 +242,14 @@ def test_both_trained_from_the_same_weights_end_with_the_same_metrics(options, t
         assert any(name.startswith(f"{stage}: mean loss") for name in found)
     assert (work / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert "data:image/png" in (work / "compare.html").read_text()
+
+
+@pytest.mark.slow
+def test_both_trained_on_real_data_end_with_the_same_metrics(options, test_data, tmp_path):
+    real = ["--data.name", str(test_data("ml-100k")), "--cf.width", "50", "--cf.maxlen", "50", "--cf.batch", "128"]
+    real += ["--cf.epochs", "20", "--align.batch", "32", "--llm.candidates", "6", "--evaluation.candidates", "20"]
+    wanted = [part for at in range(0, len(options), 2) if options[at] not in real for part in options[at : at + 2]]
+    work, file = tmp_path / "w", tmp_path / "c.json"
+    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--train", "--users", "64"]
+    assert cli.main([*arguments, *wanted, *real, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["passed"]

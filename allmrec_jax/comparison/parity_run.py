@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from allmrec_jax.comparison import stage_align, stage_cf, stage_llm
@@ -117,7 +118,7 @@ def _stage_1(found: Comparison, parts: Parts, models: dict[str, CFModel]) -> dic
 def _decoded(run: Run, model: CFModel, x_u: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """x_u . E' of each candidate: what L_rec trains."""
     f_I = run.end["f_I"]
-    E = np.asarray(model.E)[candidates.ravel()]
+    E = jnp.asarray(model.E)[candidates.ravel()]
     decoded = np.asarray(alignment.decode(f_I, alignment.encode(f_I, E))).reshape(*candidates.shape, -1)
     return np.einsum("ud,ucd->uc", x_u, decoded)
 

@@ -22,6 +22,8 @@ from allmrec_jax.training.state import create
 COMPARED = (sasrec.SASRecConfig, gru4rec.GRU4RecConfig, nextitnet.NextItNetConfig, ncf.NCFConfig)
 """The configs of the models that have a counterpart in PyTorch."""
 
+ROWS = 2048  # of users at once
+
 
 def without_dropout(c: Any) -> Any:
     """The same model's config, its dropout off."""
@@ -118,8 +120,9 @@ def representation(c: Any, parameters: Any, windows: np.ndarray, users: np.ndarr
 
     if isinstance(c, ncf.NCFConfig):
         return np.asarray(parameters["P"])[users]
+    model, windows = baseline(c, parameters), torch.tensor(windows[:, -c.maxlen :]).long()
     with torch.no_grad():
-        parts = [baseline(c, parameters).user_representation(torch.tensor(windows[:, -c.maxlen :]).long())]
+        parts = [model.user_representation(windows[at : at + ROWS]) for at in range(0, len(windows), ROWS)]
     return torch.cat(parts).numpy()
 
 

@@ -41,4 +41,5 @@ def from_folder(folder: Path) -> nn.Module:
     """The causal LM that transformers reads from a folder, in float32 and without dropout."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it would write among the errors
     return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
