@@ -267,13 +267,21 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> None:
     run(experiment, arguments.topology, length=arguments.length, file=arguments.json)
 
 
+def run_compare(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("compare needs PyTorch, which is not installed: `make env` brings it")
+    experiment = opened(arguments.workdir) if arguments.config is None else load_config(arguments.config)
+    experiment = cli_fields.override(experiment, rest, prog="allmrec compare")
+    cli_compare.run_compare(arguments, pipeline_of(experiment, arguments.workdir))
+
+
 def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
     workdir = getattr(arguments, "workdir", None)
     if workdir is not None and re.match(r"^[a-z0-9]+:/", str(workdir)):
         raise UserError(f"{workdir}: work directories in buckets are not supported yet; give a local or mounted folder")
     if workdir is not None and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; give a folder, which need not exist yet")
-    if arguments.command not in ("train", "run", "plan", "import", "evaluate", "tables") and rest:
+    if arguments.command not in ("train", "run", "plan", "import", "evaluate", "tables", "compare") and rest:
         raise UserError(f"unknown argument {rest[0]!r}; see `allmrec {arguments.command} --help`")
     if arguments.command == "demo":
         name = "ml100k" if arguments.full else "demo"
@@ -286,6 +294,8 @@ def dispatch(arguments: argparse.Namespace, rest: list[str]) -> None:
         run_plan(arguments, rest)
     elif arguments.command == "import":
         cli_compare.run_import(arguments, rest)
+    elif arguments.command == "compare":
+        run_compare(arguments, rest)
     elif arguments.command == "export":
         cli_compare.run_export(arguments, pipeline_of(opened(arguments.workdir), arguments.workdir))
     elif arguments.command in ("train", "run"):

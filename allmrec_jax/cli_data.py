@@ -10,6 +10,7 @@ from typing import Any
 
 from allmrec_jax.errors import UserError
 
+BENCHES = ("align", "cf", "data", "llm", "rank")
 DEFAULTS = {
     "recipe": "clean",
     "strip_years": False,
@@ -94,14 +95,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "\n  data   raw files to a prepared data set, and batches"
         "\n  llm    stage 2 against PyTorch: a step through the frozen LLM (needs the extra torch)"
         "\n  rank   20 candidates of a user against PyTorch: as 20 sequences, and generating (needs the extra torch)"
-        "\nRun it on an otherwise idle machine. Example: allmrec bench data --json bench.json",
+        "\n  all    each of them in a process of its own"
+        "\nRun it on an otherwise idle machine. Examples: allmrec bench data --json bench.json"
+        "\n  allmrec bench all --json bench.json --plot bench.png"
+        "\n  allmrec bench --scale --plot scale.png",
     )
-    bench.add_argument("what", nargs="*", metavar="align|cf|data|llm|rank", help="what to measure (default: all)")
+    bench.add_argument("what", nargs="*", metavar="|".join((*BENCHES, "all")), help="what to measure (default: all)")
+    bench.add_argument("--scale", action="store_true", help="how cost grows with batch, length, catalogue, candidates")
     bench.add_argument(
         "--rows", type=int, default=1_000_000, help="reviews in the generated raw file (default a million)"
     )
     bench.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts (default 3)")
     bench.add_argument("--json", type=Path, help="also write the results here, for machines")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them")
 
 
 def run_data(arguments: argparse.Namespace) -> None:
@@ -178,25 +184,34 @@ def prepare(arguments: argparse.Namespace, console: Any) -> Any:
     )
 
 
-BENCHES = ("align", "cf", "data", "llm", "rank")
-
-
 def run_bench(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    if wrong := [what for what in arguments.what if what not in BENCHES]:
+    if wrong := [what for what in arguments.what if what not in (*BENCHES, "all")]:
         raise UserError(f"there is no benchmark {wrong[0]!r}: choose among {', '.join(BENCHES)}")
     if arguments.rows < 1000 or arguments.repeats < 1:
         raise UserError("--rows must be at least 1000 and --repeats at least 1")
     from allmrec_jax.comparison import bench
 
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: there is no such folder")
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: there is no such folder")
+    if arguments.scale and arguments.what:
+        raise UserError("--scale is a measurement of its own; leave out what else to measure")
     console = Console()
-    wanted, rows = set(arguments.what or BENCHES), []
-    for name in [name for name in ("align", "cf", "llm", "rank") if name in wanted]:
-        if importlib.util.find_spec("torch") is None:
-            raise UserError(f"bench {name} compares with PyTorch, which is not installed: `make env` brings it")
+    wanted, rows = set(arguments.what or ["all"]), []
+    everything = "all" in wanted
+    needing = ["scale"] if arguments.scale else [name for name in BENCHES if name != "data" and {name, "all"} & wanted]
+    if needing and importlib.util.find_spec("torch") is None:
+        raise UserError(f"bench {needing[0]} compares with PyTorch, which is not installed: `make env` brings it")
+    if arguments.scale:
+        from allmrec_jax.comparison import bench_scale
+
+        rows += bench_scale.bench_scale(arguments.repeats, console)
+        wanted = set()
+    elif everything:
+        rows += bench.apart(BENCHES, rows=arguments.rows, repeats=arguments.repeats, console=console)
+        wanted = set()
     if "align" in wanted:
         from allmrec_jax.comparison.bench_align import bench_align
 
@@ -220,3 +235,6 @@ def run_bench(arguments: argparse.Namespace) -> None:
     bench.show(rows, console)
     if arguments.json:
         bench.write(rows, arguments.json)
+    if arguments.plot:
+        draw = bench_scale.plot if arguments.scale else bench.plot
+        draw(rows, arguments.plot)

@@ -1,13 +1,17 @@
 """The benchmarks measure what they say, and say it to people and machines."""
 
 import gzip
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from allmrec_jax import cli_data
 from allmrec_jax.cli import main
-from allmrec_jax.comparison import bench_data
+from allmrec_jax.comparison import bench, bench_data
+from allmrec_jax.errors import UserError
 
 
 def test_bench_data_says_its_figures_to_people_and_machines(tmp_path, capsys):
@@ -19,6 +23,8 @@ def test_bench_data_says_its_figures_to_people_and_machines(tmp_path, capsys):
         assert row["n"] == 2
         assert row["ratio"] == pytest.approx(row["ours"] / row["baseline"])
         assert row["ours"] > 0
+        assert row["spread"]["ours"][0] <= row["ours"] <= row["spread"]["ours"][1]
+        assert row["machine"]["cores"] >= 1
     assert {"gunzip floor (s)", "parse floor (s)", "our peak memory (MiB)"} <= set(rows[0]["beside"])
     shown = capsys.readouterr().out
     assert "gunzip floor" in shown
@@ -47,6 +53,10 @@ def test_mistakes_are_answered_in_a_line(capsys):
     assert "there is no benchmark 'nothing': choose among align, cf, data, llm, rank" in capsys.readouterr().err
     assert main(["bench", "--rows", "5"]) == 1
     assert "--rows must be at least 1000" in capsys.readouterr().err
+    assert main(["bench", "cf", "--scale"]) == 1
+    assert "--scale is a measurement of its own" in capsys.readouterr().err
+    assert main(["bench", "data", "--plot", "no/such/folder.png"]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_bench_cf_trains_and_scores_on_both_sides(tmp_path, monkeypatch):
@@ -119,6 +129,52 @@ def test_bench_rank_scores_alike_on_both_sides(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "b.json").read_text())  # the scores were compared on the way
     assert [row["name"] for row in rows] == ["rank.score20", "rank.generate"]
     assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
+
+
+def test_bench_all_runs_each_in_a_process_of_its_own_and_draws_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_data, "BENCHES", ("data",))  # the others would not be tiny there
+    file, picture = tmp_path / "b.json", tmp_path / "b.png"
+    arguments = ["bench", "all", "--rows", "3000", "--repeats", "2", "--json", str(file), "--plot", str(picture)]
+    assert main(arguments) == 0
+    assert [row["name"] for row in json.loads(file.read_text())] == ["data.prepare", "data.batches"]
+    assert [row.name for row in bench.read(file)] == ["data.prepare", "data.batches"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "data.batches" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_fails_in_its_process_says_why(monkeypatch):
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match="bench nothing failed: allmrec: there is no benchmark 'nothing'"):
+        bench.apart(["nothing"], rows=3000, repeats=1, console=console)
+
+
+def test_bench_scale_sweeps_and_draws_what_cost_depends_on(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    import tiny
+
+    from allmrec_jax.comparison import bench_scale
+
+    small = {"USERS": 60, "ITEMS": 50, "BATCH": 16, "LENGTH": 8, "STEPS": 2, "TITLE": 4, "SENTENCE": 8, "HISTORY": 2}
+    sweeps = {"batch": (8,), "length": (12,), "catalogue": (40,), "candidates": (2, 3)}
+    for name, value in (small | {"SWEEPS": sweeps, "LLM": tiny.LLAMA, "JOINT": 6}).items():
+        monkeypatch.setattr(bench_scale, name, value)
+    file, picture = tmp_path / "s.json", tmp_path / "s.png"
+    assert main(["bench", "--scale", "--repeats", "1", "--json", str(file), "--plot", str(picture)]) == 0
+    rows = json.loads(file.read_text())  # both sides' likelihoods were compared on the way
+    assert [row["name"] for row in rows] == [f"scale.{what}={n}" for what, values in sweeps.items() for n in values]
+    assert all(row["ours"] > 0 and row["baseline"] > 0 and row["compile_seconds"] > 0 for row in rows)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_result_knows_its_spread_and_what_a_run_took():
+    runs = [("a", lambda: float(np.ones(1 << 24).sum() > 0) * 2.0), ("b", iter([1.0, 4.0, 2.0]).__next__)]
+    seconds = bench.interleave(runs, 3, Console(file=io.StringIO()))
+    entry = bench.row("x", "users/s", 8, seconds["a"], seconds["b"])
+    assert (entry.ours, entry.baseline, entry.ratio, entry.n) == (4, 4, 1, 3)
+    assert entry.spread == {"ours": [4, 4], "baseline": [2, 8]}
+    assert bench.ratios(entry) == (0.5, 2)
+    if entry.memory:  # where the system says
+        assert entry.memory["ours"] > 100 > entry.memory["baseline"]
 
 
 def test_peak_memory_begins_again():

@@ -288,6 +288,7 @@ def bench_align(repeats: int, console: Console) -> list[Row]:
             seconds["theirs"],
             what=f"{what}; {which}",
             beside=made.beside() | theirs.beside(),
+            compile_seconds=sum(made.first),
         )
         for name, ours, made, which in (
             ("align.trained", "reference", reference, "the same loss"),
@@ -306,5 +307,16 @@ def bench_align(repeats: int, console: Console) -> list[Row]:
     what = (
         f"the encoder left as it is, {config.epochs} epochs with the encoding before them (measured on {TEXTS} texts)"
     )
-    rows.append(row("align.frozen", "users/s", 1, seconds["ours"], seconds["theirs"], what=what, beside=beside))
+    rows.append(
+        row(
+            "align.frozen",
+            "users/s",
+            1,
+            seconds["ours"],
+            seconds["theirs"],
+            what=what,
+            beside=beside,
+            compile_seconds=compiling,
+        )
+    )
     return rows

@@ -92,6 +92,9 @@ def _notes(pipeline: Pipeline, stages: list[str]) -> list[str]:
         for field in ("user_sentence", "strip_around_special"):
             if (ours := getattr(x.llm, field)) != (value := getattr(theirs, field)):
                 notes.append(f"F_U and F_I were trained with llm.{field} {ours!r}; the public code has {value!r}")
+        places = [getattr(x.llm, name) for name in ("user_vector", "user_place", "item_place")]
+        if places != [True, "first", "after"]:
+            notes.append("O_u or O_i stand elsewhere in this experiment's prompts than in the public code's")
         if x.llm.item_vectors != "e":
             notes.append(f"F_I reads {x.llm.item_vectors} of the items; the public code gives it e")
         if "opt" not in x.llm.llm.lower():

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from allmrec_jax.comparison.public_checkpoints import (
@@ -33,7 +32,7 @@ from allmrec_jax.errors import UserError
 from allmrec_jax.models import text_encoder
 from allmrec_jax.models.tensor_files import PickledTensors
 from allmrec_jax.pipeline import Pipeline
-from allmrec_jax.training import align, align_step, inject, table
+from allmrec_jax.training import align, align_step, cf, inject, table
 from allmrec_jax.training.checkpoint import Checkpoints
 from allmrec_jax.training.state import State, create
 
@@ -140,7 +139,7 @@ def _cf(pipeline: Pipeline, parameters: Any) -> tuple[State, int]:
     config = pipeline.experiment.cf
     tree = jax.tree.map(jnp.asarray, parameters)
     tree |= {"E": table.padded(tree["E"])}
-    return create(tree, optax.adam(config.learning_rate)), config.epochs
+    return create(tree, cf.make_optimiser(config)), config.epochs
 
 
 def _align(pipeline: Pipeline, files: PublicFiles, d: int) -> tuple[State, int]:

@@ -56,16 +56,16 @@ def in_transformers(c: EncoderConfig) -> nn.Module:
 
 
 class SentenceEncoder(nn.Module):
-    """Q = the mean of a transformers encoder's last hidden states over the attention mask."""
+    """Q = the mean of a transformers encoder's last hidden states over the attention mask, or the first of them."""
 
-    def __init__(self, transformer: nn.Module, *, normalize: bool = False):
+    def __init__(self, transformer: nn.Module, *, normalize: bool = False, pooling: Literal["mean", "cls"] = "mean"):
         super().__init__()
-        self.transformer, self.normalize = transformer, normalize
+        self.transformer, self.normalize, self.pooling = transformer, normalize, pooling
 
     def forward(self, tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch h"]:
         hidden = self.transformer(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
-        Q = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+        Q = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9) if self.pooling == "mean" else hidden[:, 0]
         return F.normalize(Q, dim=-1) if self.normalize else Q
 
 

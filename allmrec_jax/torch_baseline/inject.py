@@ -6,7 +6,7 @@ labels of -100 wherever a token is not part of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,17 @@ class Injector(nn.Module):
       llm: a transformers `...ForCausalLM`; its parameters are frozen here.
       d: width of x_u.
       joint: width of e.
+      logit_rows: the vocabulary's first entries among which a token is predicted; None is all.
+
+    Attributes:
+      held: x_u and e of some users and items; where they are given, O_u and O_i keep the mean and the spread of the
+        token embeddings over them (`llm.init held`).
     """
 
-    def __init__(self, llm: nn.Module, d: int, joint: int):
+    def __init__(self, llm: nn.Module, d: int, joint: int, *, logit_rows: int | None = None):
         super().__init__()
+        self.logit_rows = logit_rows
+        self.held: tuple[Tensor, Tensor] | None = None
         self.llm = llm.requires_grad_(False).eval()
         h = llm.get_input_embeddings().embedding_dim
         self.log_proj, self.item_proj = projection.F_U(d, h), projection.F_I(joint, h)
@@ -40,6 +47,16 @@ class Injector(nn.Module):
         super().train(mode)
         self.llm.eval()
         return self
+
+    def heads(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """F_U and F_I as the prompt sees them."""
+        if self.held is None:
+            return self.log_proj, self.item_proj
+        tokens = self.llm.get_input_embeddings().weight.float()
+        return tuple(
+            projection.settled(head, inputs, tokens)
+            for head, inputs in zip((self.log_proj, self.item_proj), self.held, strict=True)
+        )
 
     def logits(
         self,
@@ -65,7 +82,7 @@ class Injector(nn.Module):
         labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         keep = x.shape[1] - min(len(prompt.tokens) for prompt in prompts) + 1 if answers_only else x.shape[1]
         logits = self.llm(inputs_embeds=x, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-        return logits, labels[:, -keep:]
+        return logits[..., : self.logit_rows], labels[:, -keep:]
 
     def _embedded(
         self,
@@ -76,10 +93,11 @@ class Injector(nn.Module):
     ) -> list[Tensor]:
         """Embeddings of each prompt + answer, O_u and O_i injected."""
         embed, rows = self.llm.get_input_embeddings(), []
-        for prompt, answer, O_u in zip(prompts, answers, self.log_proj(x_u), strict=True):
+        F_U, F_I = self.heads()
+        for prompt, answer, O_u in zip(prompts, answers, F_U(x_u), strict=True):
             x = embed(torch.tensor([*prompt.tokens, *answer])).clone()
             if prompt.slots:
-                x[prompt.slots] = self.item_proj(e[prompt.slot_items])
+                x[prompt.slots] = F_I(e[prompt.slot_items])
             if prompt.user_slot is not None:
                 x[prompt.user_slot] = O_u
             rows.append(x)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from allmrec_jax.models.llm import llama
@@ -33,3 +35,11 @@ def in_transformers(c: llama.LlamaConfig, tree: Any, attention: str = "sdpa") ->
     )
     more = {"lm_head.weight": np.asarray(tree["embed"])} if c.tie_word_embeddings else {}
     return load(transformers.LlamaForCausalLM(config), llama.describe(c), tree, **more).eval()
+
+
+def from_folder(folder: Path) -> nn.Module:
+    """The causal LM that transformers reads from a folder, in float32 and without dropout."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # it would write among the errors
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,51 @@ def make_optimiser(config: Alignment, steps: np.ndarray | None = None) -> optax.
     return optax.chain(keep_gradients(steps, config.batch), optimiser)
 
 
+class SetUp(NamedTuple):
+    """What stage 1 begins with: its parameters, what its steps draw from, and what they read."""
+
+    trained: dict[str, Any]
+    terms: Terms
+    steps: Steps
+    drawing: dict[str, Any]
+    data: dict[str, Any]
+    tokens: Int[np.ndarray, "texts longest"]
+    lengths: Int[np.ndarray, " texts"]
+    keys: tuple[Key[Array, ""], Key[Array, ""]]
+    """Of the negatives and of dropout."""
+
+
+def set_up(config: Alignment, dataset: Dataset, cf: CFModel, encoder: LoadedEncoder, *, seed: int) -> SetUp:
+    """All that stage 1 draws or reads before its first step, on the host."""
+    key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
+    init_I, init_T, order_key, negative_key, dropout_key = jax.random.split(key, 5)
+    tokens, lengths = tokenize(encoder.backend, item_texts(dataset, config.text), encoder.config.max_seq_length)
+    users, ends, positives = dataset.examples(config.targets, single=config.single_items)
+    terms = terms_of(config, cf)
+    trained = {
+        "f_I": params.init(init_I, alignment.describe(cf.E.shape[1], config.joint)),
+        "f_T": params.init(init_T, alignment.describe(encoder.config.hidden_size, config.joint)),
+    }
+    if config.train_encoder:
+        trained["encoder"] = jax.tree.map(np.asarray, encoder.weights)  # on the host: steps take their state's buffers
+    drawing = {
+        "users": users.astype(np.int32),
+        "positives": positives,
+        "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
+    }
+    order = shuffled(order_key, len(users)) if config.order == "shuffled" else in_file_order(len(users))
+    rows, of_steps = min(config.batch, config.chunk or config.batch), spans(len(users), config.batch, config.chunk)
+    steps = Steps(of_steps, rows, drawing, order, negative_key)
+    windows = dataset.windows(ends, cf.config.maxlen, users)
+    # Host copies: cf's arrays may be committed to one device (restored) or to others than this stage uses.
+    data = {"E": np.asarray(cf.E), "users": drawing["users"]}
+    if terms.cf is None:
+        data["x_u"] = cf.x_u(windows, users)
+    else:
+        data |= {"cf": jax.tree.map(np.asarray, cf.params), "windows": windows}
+    return SetUp(trained, terms, steps, drawing, data, tokens, lengths, (negative_key, dropout_key))
+
+
 def train_align(
     config: Alignment,
     dataset: Dataset,
@@ -117,38 +162,13 @@ def train_align(
     Of the training items only. The tables of `Aligned` are kept beside the checkpoints.
     """
     console = console or Console()
-    key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
-    init_I, init_T, order_key, negative_key, dropout_key = jax.random.split(key, 5)
-    tokens, lengths = tokenize(encoder.backend, item_texts(dataset, config.text), encoder.config.max_seq_length)
-    dtype = jnp.dtype(mesh.precision(config.dtype))
-    users, ends, positives = dataset.examples(config.targets, single=config.single_items)
-    rows = min(config.batch, config.chunk or config.batch)
-    devices = mesh.data_devices(rows, devices)
-    of_steps = spans(len(users), config.batch, config.chunk)
-    terms, optimiser = terms_of(config, cf), make_optimiser(config, of_steps)
-
-    trained = {
-        "f_I": params.init(init_I, alignment.describe(cf.E.shape[1], config.joint)),
-        "f_T": params.init(init_T, alignment.describe(encoder.config.hidden_size, config.joint)),
-    }
-    if config.train_encoder:
-        trained["encoder"] = jax.tree.map(np.asarray, encoder.weights)  # on the host: steps take their state's buffers
-    state = create(trained, optimiser)
-
-    drawing = {
-        "users": users.astype(np.int32),
-        "positives": positives,
-        "seen": batches.seen_items(*dataset.distinct("train"), dataset.n_items),
-    }
-    order = shuffled(order_key, len(users)) if config.order == "shuffled" else in_file_order(len(users))
-    steps = Steps(of_steps, rows, drawing, order, negative_key)
-    windows = dataset.windows(ends, cf.config.maxlen, users)
-    # Host copies: cf's arrays may be committed to one device (restored) or to others than this stage uses.
-    data = {"E": np.asarray(cf.E), "users": drawing["users"]}
-    if terms.cf is None:
-        data["x_u"] = cf.x_u(windows, users)
-    else:
-        data |= {"cf": jax.tree.map(np.asarray, cf.params), "windows": windows}
+    begin = set_up(config, dataset, cf, encoder, seed=seed)
+    terms, steps, data, drawing = begin.terms, begin.steps, begin.data, begin.drawing
+    of_steps, rows, tokens, lengths = steps.spans, steps.rows, begin.tokens, begin.lengths
+    negative_key, dropout_key = begin.keys
+    dtype, devices = jnp.dtype(mesh.precision(config.dtype)), mesh.data_devices(rows, devices)
+    optimiser = make_optimiser(config, of_steps)
+    state = create(begin.trained, optimiser)
 
     def Q_of(weights: Any) -> np.ndarray:
         return encode_items(encoder, weights, tokens, lengths, dtype=dtype, console=console)

@@ -293,6 +293,12 @@ def name_of(config: CF) -> str:
     return NAMES.get(config.model, Path(config.model).stem)
 
 
+def make_optimiser(config: CF) -> optax.GradientTransformation:
+    """Adam(b1 .9, b2 .98), decoupled weight decay where asked."""
+    adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
+    return optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
+
+
 LARGE = 20_000  # items from which `cf.table auto` is lazy; none of the paper's data sets has as many
 
 
@@ -347,8 +353,7 @@ def train_cf(
     c, data = brought.configure(config, dataset, folder), training_data(dataset, config.refit)
     key = jax.random.fold_in(jax.random.key(seed), SEED_STREAM)
     init_key, step_key, validation_key = jax.random.split(key, 3)
-    adam = {"learning_rate": config.learning_rate, "b1": 0.9, "b2": 0.98, "eps": 1e-8}
-    optimiser = optax.adamw(**adam, weight_decay=config.weight_decay) if config.weight_decay else optax.adam(**adam)
+    optimiser = make_optimiser(config)
     steps = max(1, dataset.n_trained // config.batch)
     devices = mesh.data_devices(config.batch, devices, shards)
     lengths = np.asarray(data["end"] - data["start"] - 1)
