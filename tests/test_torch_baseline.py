@@ -122,7 +122,7 @@ def test_negatives_are_none_of_the_user_s_training_items_and_uniform(dataset):
         assert not set(own.tolist()) & set(items[offsets[user] : offsets[user + 1]].tolist())
         assert own.min() >= 1
         assert own.max() <= dataset.n_items
-    left = dataset.n_items - (offsets[2] - offsets[1])
+    left = int(dataset.n_items - (offsets[2] - offsets[1]))
     assert len(set(drawn[0].tolist())) == left  # everything else occurs
     distinct = negatives.distinct(1, left)
     assert len(set(distinct.tolist())) == left

@@ -316,7 +316,7 @@ def bench_align(repeats: int, console: Console) -> list[Row]:
             seconds["theirs"],
             what=what,
             beside=beside,
-            compile_seconds=compiling,
+            compile_seconds=sum(first),
         )
     )
     return rows

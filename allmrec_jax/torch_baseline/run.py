@@ -43,11 +43,8 @@ class Stages:
 
     def __init__(self, experiment: Experiment, root: Path, console: Console | None = None):
         x = self.x = experiment
-        if x.cf.model != "sasrec" or x.llm.item_vectors not in ("e", "none") or x.llm.pairing:
-            raise UserError(
-                "the PyTorch baseline runs SASRec and A-LLMRec's own e, without pairing; leave cf.model, "
-                "llm.item_vectors and llm.pairing as they are"
-            )
+        if x.cf.model != "sasrec" or x.llm.item_vectors not in ("e", "none"):
+            raise UserError("the PyTorch baseline runs SASRec and A-LLMRec's e: leave cf.model and llm.item_vectors")
         self.console = console or Console()
         self.sources = Pipeline(x, Path(root) / "prepared", console=self.console)
         self.dataset = self.sources.dataset
