@@ -150,7 +150,8 @@ def test_further_scenarios_and_models_are_added_and_nothing_is_scored_twice(done
     original = scores.score_users
     monkeypatch.setattr(scores, "score_users", lambda *a, **k: asked.append(k["label"]) or original(*a, **k))
     before = json.loads((work / "metrics.json").read_text())
-    assert cli.main(["evaluate", "--workdir", str(work), "--scenario", "all", "--models", "cf", "a-llmrec-q"]) == 0
+    more = ["--scenario", "cold-items", "cold-users", "--models", "cf", "a-llmrec-q"]
+    assert cli.main(["evaluate", "--workdir", str(work), *more]) == 0
     assert asked == ["evaluation: test, a-llmrec-q"]
     shown = " ".join(capsys.readouterr().out.split())
     assert "cold-users: not applicable: " in shown

@@ -40,8 +40,9 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_the_wheel_ships_the_package_its_configs_and_its_licence_and_nothing_else(wheel):
     names = wheel.namelist()
     assert "allmrec_jax/py.typed" in names
-    for config in (PROJECT / "configs").glob("*.py"):
-        assert f"allmrec_jax/configs/{config.name}" in names
+    for config in (PROJECT / "configs").rglob("*.py"):
+        assert f"allmrec_jax/configs/{config.relative_to(PROJECT / 'configs').as_posix()}" in names
+    assert {"allmrec_jax/evaluation/page.css", "allmrec_jax/evaluation/paper_numbers.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("allmrec_jax/", "allmrec_jax-")) for name in names)
     assert not any("__pycache__" in name for name in names)
