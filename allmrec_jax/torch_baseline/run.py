@@ -211,7 +211,7 @@ class Stages:
         prompts = builder.prompts([h[h != 0] for h in dataset.windows(ends, x.llm.history, chosen)], candidates)
         answers = [builder.answers(row.tolist()) for row in candidates]
         with torch.no_grad():
-            scores = {"cf": model.scores(x_u, torch.from_numpy(np.asarray(candidates)).long()).numpy()}
+            scores = {"cf": model.scores(x_u, torch.tensor(candidates).long()).numpy()}
         mean = x.evaluation.score == "mean"
         scores["a-llmrec"] = ranking.likelihoods(injector, prompts, answers, x_u, e, mean=mean).numpy()
         found: dict[str, Any] = metrics.summarise(scores, column, seed=x.seed, resamples=x.evaluation.resamples)
