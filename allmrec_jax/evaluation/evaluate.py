@@ -203,8 +203,9 @@ def compute(pipeline: Pipeline, names: Sequence[str], models: Sequence[str]) -> 
     elif fusion is not None:
         results["not_applicable"]["fused"] = fusion
     if "align" in stages:
+        folder, how = pipeline.workdir / "align", {"seed": x.seed, "targets": x.align.targets}
         results["alignment"] = alignment.report(
-            pipeline.aligned, pipeline.cf, dataset, pipeline.workdir / "align", seed=x.seed, console=pipeline.console
+            pipeline.aligned, pipeline.cf, dataset, folder, **how, console=pipeline.console
         )
     if "test" in scored:
         of, found = scored["test"]
