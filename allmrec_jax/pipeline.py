@@ -277,5 +277,6 @@ def train(pipeline: Pipeline, stage: str) -> None:
     elif stage == "align":
         from allmrec_jax.evaluation.alignment import report
 
-        folder, seed = pipeline.workdir / "align", pipeline.experiment.seed
-        report(pipeline.aligned, pipeline.cf, pipeline.dataset, folder, seed=seed, console=pipeline.console)
+        x, folder = pipeline.experiment, pipeline.workdir / "align"
+        how = {"seed": x.seed, "targets": x.align.targets, "console": pipeline.console}
+        report(pipeline.aligned, pipeline.cf, pipeline.dataset, folder, **how)

@@ -29,6 +29,12 @@ def data(tmp_path_factory):
     return tiny.dataset(tmp_path_factory.mktemp("data") / "tiny")
 
 
+@pytest.fixture
+def fewer_shapes(monkeypatch):
+    """Fewer to compile, where they are not what is tested."""
+    monkeypatch.setattr(text_groups, "MOST_SIZES", 1)
+
+
 def train(config, data, folder, *, devices: int = 1, encoder=None, **options):
     said = io.StringIO()
     aligned, curves = align.train_align(
@@ -146,6 +152,7 @@ def test_shapes_and_devices_change_nothing_but_rounding(data, tmp_path, monkeypa
     assert np.abs(plain.q - found[0][2]).max() > 1e-4
 
 
+@pytest.mark.usefixtures("fewer_shapes")
 def test_less_memory_changes_nothing_but_rounding(data, tmp_path):
     config = dataclasses.replace(tiny.STAGE_1, epochs=1)
     usual, *_ = train(config, data, tmp_path / "usual")
@@ -290,6 +297,7 @@ def test_chunks_cut_batches_and_not_the_epoch():
     assert align_step.spans(64, 32, None).tolist() == [[0, 32], [32, 64]]
 
 
+@pytest.mark.usefixtures("fewer_shapes")
 def test_the_public_code_s_recipe_trains_with_and_without_the_encoder(data, tmp_path):
     """Chunks, CF dropout, users of one item; frozen, on two devices as on one."""
     config = dataclasses.replace(tiny.STAGE_1.as_public_code(), chunk=6, epochs=1)
@@ -304,6 +312,7 @@ def test_the_public_code_s_recipe_trains_with_and_without_the_encoder(data, tmp_
     assert np.abs(without.e - one.e).max() > 1e-6
 
 
+@pytest.mark.usefixtures("fewer_shapes")
 def test_half_precision_and_pmap_train_as_well(data, tmp_path):
     config = dataclasses.replace(tiny.STAGE_1, epochs=1, encoder_dropout=False)
     whole, curves, _ = train(config, data, tmp_path / "float32")
@@ -352,6 +361,7 @@ def test_tables_are_kept_and_mixed_by_how_often_an_item_was_seen(data, tmp_path,
     assert np.abs(other.e - aligned.e).max() > 1e-3
 
 
+@pytest.mark.usefixtures("fewer_shapes")
 def test_the_last_encoding_is_shown_and_made_by_one_device(data, tmp_path, monkeypatch):
     encode, seen = align.encode_items, []
     monkeypatch.setattr(
@@ -383,6 +393,8 @@ def test_retrieval_finds_an_item_s_own_e_and_a_collapse_is_said(data, tmp_path):
     terminal = Console(file=io.StringIO(), width=80)
     terminal.print(quality.table(found))
     assert "…" not in terminal.file.getvalue()
+    every = quality.figures(_aligned(e, e + 1e-4, cf.config.width), data, seed=0, targets="all")
+    assert every["retrieval"]["n"] < found["retrieval"]["n"]
     other = quality.figures(_aligned(e, e[random.permutation(len(e))]), data, seed=0)
     assert other["retrieval"]["R@1"] < 0.5
     same = np.ones_like(e)

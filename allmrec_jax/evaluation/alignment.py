@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -61,14 +61,20 @@ def nearest_ranks(
     return ranks
 
 
-def figures(aligned: Aligned, dataset: Dataset, *, seed: int) -> dict[str, Any]:
+def figures(
+    aligned: Aligned, dataset: Dataset, *, seed: int, targets: Literal["last", "all"] = "last"
+) -> dict[str, Any]:
     """Spreads of e and q on a seeded sample, the mean distance of an item's own e and q, and the retrieval of an item's
-    e from its q among all items: on items that no user's training had as the next item, where there are any."""
+    e from its q among all items: on items that no user's training had as the next item, where there are any.
+
+    Args:
+      targets: which items of a user training had as the next one, as `Dataset.examples` reads it.
+    """
     e, q = aligned.e[1:], aligned.q[1:]
     some = np.random.default_rng(seed).permutation(len(e))[:SAMPLE]
     own = np.linalg.norm(e - q, axis=1).mean()
     positive = np.zeros(len(aligned.e), bool)
-    positive[dataset.targets("train")] = True
+    positive[dataset.examples(targets)[2]] = True
     asked = np.flatnonzero(~positive[1:])
     which = "items that were never the next item in training" if len(asked) else "all items"
     asked = asked if len(asked) else np.arange(len(e))
@@ -171,10 +177,17 @@ def draw(aligned: Aligned, dataset: Dataset, path: Path, *, seed: int) -> None:
 
 
 def report(
-    aligned: Aligned, cf: CFModel, dataset: Dataset, folder: Path, *, seed: int, console: Console
+    aligned: Aligned,
+    cf: CFModel,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    seed: int,
+    console: Console,
+    targets: Literal["last", "all"] = "last",
 ) -> dict[str, Any]:
     """Writes metrics.json and embeddings.png into `folder`, and prints the figures."""
-    found = figures(aligned, dataset, seed=seed)
+    found = figures(aligned, dataset, seed=seed, targets=targets)
     found["ranking"] = embedding_only.figures(aligned, cf, dataset, seed=seed)
     write_json(folder / "metrics.json", found)
     for sentence in sentences(found):

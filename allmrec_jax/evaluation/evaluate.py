@@ -217,8 +217,9 @@ def compute(pipeline: Pipeline, asked: Asked) -> dict[str, Any]:
     elif fusion is not None:
         found.not_applicable["fused"] = fusion
     if "align" in stages:
+        folder, how = pipeline.workdir / "align", {"seed": x.seed, "targets": x.align.targets}
         results["alignment"] = alignment.report(
-            pipeline.aligned, pipeline.cf, dataset, pipeline.workdir / "align", seed=x.seed, console=pipeline.console
+            pipeline.aligned, pipeline.cf, dataset, folder, **how, console=pipeline.console
         )
     if "test" in scored:
         of, of_models = scored["test"]
