@@ -63,7 +63,7 @@ def run_compare(arguments: argparse.Namespace, pipeline: Any) -> None:
     import json
 
     from allmrec_jax.comparison import checks, compare, compare_report
-    from allmrec_jax.evaluation.evaluate import hardware
+    from allmrec_jax.evaluation.present import hardware
 
     if arguments.train and tuple(arguments.stage) != STAGES:
         raise UserError("--train trains all stages, since each builds on the one before; leave --stage out")

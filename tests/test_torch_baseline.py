@@ -74,9 +74,11 @@ def test_its_files_are_imported_and_are_the_same_model_here(done, options, tmp_p
     name = public.find(root, None).name
     wanted = ("align.encoder", "llm.llm", "llm.history", "evaluation.users", "evaluation.candidates")
     some = [part for at in range(0, len(options), 2) if options[at][2:] in wanted for part in options[at : at + 2]]
-    demo = ["--llm.user-sentence", " is a user representation. ", "--llm.no-strip-around-special"]
+    x = load_config("demo").llm  # its prompt is not the public code's
+    demo = ["--llm.user-sentence", x.user_sentence, "--llm.no-strip-around-special"]
+    demo += ["--llm.item-place", x.item_place, "--llm.user-place", x.user_place]
     work = tmp_path / "w"
-    arguments = ["import", str(root), "--name", name, "--workdir", str(work), *some, *demo, "--llm.domain", "movies"]
+    arguments = ["import", str(root), "--name", name, "--workdir", str(work), *some, *demo, "--llm.domain", x.domain]
     assert cli.main(arguments) == 0
     pipeline = Pipeline(from_dict(json.loads((work / "config.json").read_text())), work)
     files = public.PublicFiles(root, name)

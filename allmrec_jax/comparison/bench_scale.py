@@ -27,7 +27,7 @@ from allmrec_jax.config import CF
 from allmrec_jax.data import batches
 from allmrec_jax.data.packing import pack
 from allmrec_jax.data.prompts import Prompt
-from allmrec_jax.evaluation.rank import item_vectors
+from allmrec_jax.evaluation.passes import item_vectors
 from allmrec_jax.files import write_atomically
 from allmrec_jax.models import params, projection, sasrec
 from allmrec_jax.models.llm import llama

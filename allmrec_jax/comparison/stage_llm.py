@@ -18,7 +18,7 @@ from allmrec_jax.config import Injection
 from allmrec_jax.data.dataset import Dataset
 from allmrec_jax.data.packing import pack
 from allmrec_jax.data.prompts import Prompt, PromptBuilder, template_of
-from allmrec_jax.evaluation.rank import make_ranker
+from allmrec_jax.evaluation.rank import Ranker
 from allmrec_jax.models import projection
 from allmrec_jax.models.llm import llama
 from allmrec_jax.models.llm.load import FrozenLLM, build
@@ -167,16 +167,8 @@ def our_scores(
     asked: Asked,
 ) -> np.ndarray:
     """Mean log-likelihood of each candidate's title, all of a user's in one pass."""
-    users, count = asked.candidates.shape
-    options = {
-        "mesh": mesh.make_mesh(1, 1),
-        "candidates": count,
-        "batch": min(4, users),
-        "logit_rows": config.logit_rows,
-    }
-    rank = make_ranker(llm, heads, builder=builder, e=table, **options)
-    parts = [slice(start, start + options["batch"]) for start in range(0, users, options["batch"])]
-    return np.concatenate([rank(asked.histories[part], asked.candidates[part], x_u[part]) for part in parts])
+    options = {"mesh": mesh.make_mesh(1, 1), "candidates": asked.candidates.shape[1], "logit_rows": config.logit_rows}
+    return Ranker(llm, heads, builder=builder, e=table, **options)(asked.histories, asked.candidates, x_u)
 
 
 def their_scores(
