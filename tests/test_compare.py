@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_end_to_end import write_encoder, write_llm, write_movielens
+from tiny import write_encoder, write_llm, write_movielens
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
 

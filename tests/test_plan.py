@@ -11,8 +11,8 @@ import optax
 import pytest
 import tiny
 from rich.console import Console
-from test_end_to_end import write_llm
 from test_inject import X_U, E, assert_close, make_batch
+from tiny import write_llm
 
 from allmrec_jax import cli
 from allmrec_jax.config import Alignment, Data, Devices, Evaluation, Experiment, load_config

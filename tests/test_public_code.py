@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_end_to_end import write_encoder, write_llm
+from tiny import write_encoder, write_llm
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra `torch`)")
 
