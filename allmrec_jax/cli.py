@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
         "\n  few-shot-256, -128       all stages are trained again on so many users, in a folder of the work directory"
         "\n  cross-domain             on the test users of another data set (--on), where nothing is trained"
         "\n  genres                   which categories would the user enjoy, against those of the test item"
+        "\nand, not in `all`,"
+        "\n  full-catalogue           no list: the LLM orders the CF model's first of all items"
+        "\n  generated                the LLM writes its answer in words"
         "\nFields of the evaluation may be overridden: --evaluation.users 1000",
     )
     evaluate.add_argument("--workdir", type=Path, required=True, help="a work directory that was trained")

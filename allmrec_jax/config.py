@@ -260,6 +260,8 @@ class Evaluation:
     """The target and so many less one items that the user never interacted with."""
     score: Literal["mean", "sum"] = "mean"
     """Log-likelihood of a candidate's title divided by its number of tokens, or not."""
+    new_tokens: int = 511
+    """At most, of an answer in words (the scenario `generated`; the public code's 511)."""
     batch: int = 4
     resamples: int = 2000
     """Bootstrap resamples for the 95 % intervals."""
@@ -351,6 +353,7 @@ AT_LEAST_ONE = [
     "llm.batch",
     "llm.save_every",
     "evaluation.batch",
+    "evaluation.new_tokens",
     "evaluation.resamples",
     "devices.model",
     "devices.items",

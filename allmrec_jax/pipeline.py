@@ -50,7 +50,7 @@ def _weights_folder(name: str, console: Console) -> Path:
 NO_INFLUENCE = {
     "align": ("save_every", "group_tokens", "remat"),
     "llm": ("save_every", "remat", "micro"),
-    "evaluation": ("batch", "resamples", "examples", "users", "validation_users"),
+    "evaluation": ("batch", "resamples", "examples", "users", "validation_users", "new_tokens"),
 }
 
 
@@ -71,7 +71,7 @@ class Pipeline:
         """One in the folder `name` of this work directory, its experiment changed: the same data set, the same LLM in
         memory."""
         other = Pipeline(dataclasses.replace(self.experiment, **changes), self.workdir / name, console=self.console)
-        other._lender = self
+        other._lender, other._scorers = self, self._scorers
         return other
 
     @functools.cached_property

@@ -145,7 +145,7 @@ def test_an_unknown_scenario_is_named():
     with pytest.raises(UserError, match="no scenario 'cold'; choose among overall, cold-items"):
         scenarios.asked(["overall", "cold"])
     assert scenarios.asked(["warm-items", "overall"]) == ("overall", "warm-items")
-    assert scenarios.asked(["all"]) == scenarios.NAMES
+    assert scenarios.asked(["all"]) == scenarios.ALL
 
 
 # ------------------------------------------------------------------------------------------------------------- fused

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,6 +144,31 @@ def test_cross_domain_and_genres_on_the_command_line(trained, other, capsys):
         == 1
     )
     assert "there is no wording 'x'; choose movies, games, shopping, none" in capsys.readouterr().err
+
+
+def test_the_whole_catalogue_and_answers_in_words(trained, tmp_path, capsys):
+    work = tmp_path / "work"
+    shutil.copytree(trained[0], work)
+    asked = ["--scenario", "full-catalogue", "generated", "--models", "cf", "a-llmrec", "--evaluation.new-tokens", "8"]
+    assert cli.main(["evaluate", "--workdir", str(work), *asked]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "among all 55 items" in shown
+    assert "Hit@1, substring" in shown
+    results = json.loads((work / "metrics.json").read_text())
+    everything, words = results["scenarios"]["full-catalogue"], results["scenarios"]["generated"]
+    assert set(everything) == {"popularity", "cf", "a-llmrec", "mean-rank"}
+    for of in everything.values():
+        assert {"hit@10", "ndcg@10", "new:hit@10"} <= set(of)
+        assert of["hit@10"]["n"] == 12
+    # Beyond the CF model's first 5 nothing changes: so many are found by both.
+    assert everything["cf"]["hit@5"] == everything["a-llmrec"]["hit@5"]
+    assert set(words) == {"popularity", "repeat", "markov", "leak-check", "cf", "a-llmrec"}
+    assert {"hit@1", "substring:hit@1", "valid"} <= set(words["a-llmrec"])
+    assert words["a-llmrec"]["hit@1"]["value"] <= words["a-llmrec"]["substring:hit@1"]["value"]
+    assert words["a-llmrec"]["hit@1"]["value"] <= words["a-llmrec"]["valid"]["value"]
+    texts = json.loads((work / "evaluation" / "test.a-llmrec.texts.json").read_text())["texts"]
+    assert len(texts) == 12
+    assert "Answers in words" in (work / "report.html").read_text()
 
 
 def test_on_its_own_data_cross_domain_does_not_apply(trained, capsys):

@@ -19,12 +19,14 @@ from allmrec_jax.evaluation import (
     beside,
     breakdown,
     cross_domain,
+    full_catalogue,
     fused,
     genres,
     lists,
     present,
     scenarios,
     scores,
+    written,
 )
 from allmrec_jax.evaluation.labels import ORDER, PAIRS
 from allmrec_jax.evaluation.lists import Lists
@@ -155,7 +157,7 @@ def evaluate(
 
 def identity_of(pipeline: Pipeline, asked: Asked) -> dict[str, Any]:
     """What the figures depend on; not on the LLM, where no model with it is asked for."""
-    shown = ("users", "validation_users", "candidates", "score", "resamples", "examples")
+    shown = ("users", "validation_users", "candidates", "score", "new_tokens", "resamples", "examples")
     through_llm = set(asked.models) - {*TRIVIAL, "cf"}
     found = pipeline.identity("evaluation" if through_llm else "cf")
     found["report"] = {name: getattr(pipeline.experiment.evaluation, name) for name in shown}
@@ -266,6 +268,11 @@ def elsewhere(pipeline: Pipeline, name: str, asked: Asked, found: Found) -> None
     if name == "genres":
         users = draw_lists(pipeline, "test").users
         answer = genres.evaluate(pipeline, users, asked.models, PAIRS, resamples=resamples)
+    elif name == "full-catalogue":
+        users = draw_lists(pipeline, "test").users
+        answer = full_catalogue.evaluate(pipeline, users, asked.models, resamples=resamples)
+    elif name == "generated":
+        answer = written.evaluate(pipeline, draw_lists(pipeline, "test"), asked.models, PAIRS, resamples=resamples)
     elif name == "cross-domain":
         answer = cross_domain.evaluate(pipeline, asked.on, asked.wording, asked.models, PAIRS)
     else:

@@ -11,7 +11,11 @@ METRIC_LABELS = {
     "ndcg@5": "NDCG@5",
     "ndcg@10": "NDCG@10",
     "mrr": "MRR",
+    "substring:hit@1": "Hit@1, substring",
+    "valid": "Valid",
     "new:hit@1": "Hit@1, new",
+    "new:hit@10": "Hit@10, new",
+    "new:ndcg@10": "NDCG@10, new",
 }
 
 SHOWN = ("hit@1", "hit@5", "ndcg@5", "mrr", "new:hit@1")  # in tables; metrics.json has them all
@@ -26,6 +30,7 @@ MODEL_LABELS = {
     "llm-only": "LLM only (titles)",
     "mlp-llm": "MLP-LLM",
     "popularity": "Popularity",
+    "mean-rank": "{cf} + LLM, mean rank",
     "repeat": "Repeats",
     "markov": "Markov chain",
     "leak-check": "Copying",
@@ -42,6 +47,8 @@ SCENARIO_LABELS = {
     "few-shot-128": "Trained on 128 users",
     "cross-domain": "Another data set, nothing trained there",
     "genres": "Genres",
+    "full-catalogue": "All items",
+    "generated": "Answers in words",
 }
 
 TRIVIAL = ("popularity", "repeat", "markov", "leak-check")

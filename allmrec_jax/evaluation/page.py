@@ -100,7 +100,8 @@ def render(
         candidates = candidates.get(name) if isinstance(candidates, Mapping) else candidates
         candidates = facts.get(name, {}).get("candidates", candidates)
         who = scenario_title(name, facts[name], candidates) if name in facts else None
-        parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates, who))
+        metrics = facts.get(name, {}).get("metrics", SHOWN)
+        parts.append(_scenario(f"s{i}", name, scenario, differences.get(name) or {}, labels, candidates, who, metrics))
     for name, reason in not_applicable.items():
         parts.append(f"<section><h2>{_heading(name)}</h2><p>Not applicable: {_text(reason)}</p></section>")
     if by_popularity:
@@ -147,6 +148,7 @@ def _scenario(
     labels: Mapping[str, str],
     candidates: Any,
     who: str | None = None,
+    metrics: Sequence[str] = SHOWN,
 ) -> str:
     """Chart, table and paired differences of one scenario."""
     by_chance = chance(int(candidates)) if candidates else None
@@ -155,22 +157,28 @@ def _scenario(
     told = who or told + (f", {candidates} candidates each" if candidates else "")
     bars = [(labels.get(m, clean(m)), v["hit@1"], m in OURS) for m, v in scenario.items() if "hit@1" in v]
     chart = bar_chart(bars, name=name, metric="Hit@1", chance=by_chance and by_chance["hit@1"]) if bars else ""
-    tables = _table(scenario, labels, by_chance) + (_pair_table(pairs, labels) if pairs else "")
+    tables = _table(scenario, labels, by_chance, metrics) + (_pair_table(pairs, labels) if pairs else "")
     return (
         f"<section><h2>{_heading(key)}</h2><p>Hit@1, {_text(told)}. Blue: A-LLMRec and its combinations; grey: "
         f"what it is compared with. The thin line at a bar's end spans its 95 % interval.</p>{chart}{tables}</section>"
     )
 
 
-def _table(scenario: Mapping[str, Any], labels: Mapping[str, str], by_chance: Mapping[str, float] | None) -> str:
-    metrics = [m for m in SHOWN if any(m in model for model in scenario.values())]
+def _table(
+    scenario: Mapping[str, Any],
+    labels: Mapping[str, str],
+    by_chance: Mapping[str, float] | None,
+    metrics: Sequence[str],
+) -> str:
+    metrics = [m for m in metrics if any(m in model for model in scenario.values())]
     rows = []
     for model, figures in scenario.items():
         cells = "".join(_cell(figures.get(metric)) for metric in metrics)
         css = ' class="ours"' if model in OURS else ""
         rows.append(f"<tr role='row'{css}>{_row_head(model, labels)}{cells}</tr>")
     if by_chance:
-        cells = "".join(f"<td role='cell'>{by_chance[metric.removeprefix(NEW)]:.3f}</td>" for metric in metrics)
+        chances = [by_chance.get(metric.removeprefix(NEW)) for metric in metrics]
+        cells = "".join(f"<td role='cell'>{'–' if c is None else f'{c:.3f}'}</td>" for c in chances)
         rows.append(f'<tr role="row" class="chance"><th role="rowheader" scope="row">Random order</th>{cells}</tr>')
     no_width = any(f["low"] == f["high"] for model in scenario.values() for m, f in model.items() if m in metrics)
     caution = " An interval without width means that all users came out alike, not certainty." if no_width else ""

@@ -87,6 +87,7 @@ def show(results: dict[str, Any], console: Console, workdir: Path) -> None:
         candidates = results["facts"][name]["candidates"]
         title = labels.scenario_title(name, results["facts"][name], candidates)
         shown = labels.SHOWN if console.width >= WIDE else labels.SHOWN[:-1]
+        shown = results["facts"][name].get("metrics", shown)
         options = {"about": about, "candidates": candidates, "title": title, "metrics": shown}
         console.print(report.metrics_table(scenario, tuple(scenario), **options))
         console.print(report.differences_table(results["differences"][name], about=about, title="Paired differences"))
@@ -126,6 +127,8 @@ def conclude(pipeline: Pipeline, figures: dict[str, Any], differences: dict[str,
     def compare(a: str, b: str, pairs: dict[str, Any]) -> str:
         parts = []
         for metric, label in (("hit@1", "Hit@1"), ("ndcg@5", "NDCG@5")):
+            if metric not in pairs[a][b]:
+                continue
             d = pairs[a][b][metric]
             verdict = "better" if d["low"] > 0 else "worse" if d["high"] < 0 else "not distinguishable"
             parts.append(f"{verdict} by {label} ({d['value']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f})")

@@ -140,10 +140,8 @@ def metrics_table(
         cells = [_interval(scenario[model].get(metric), "{:.3f}".format, "–") for metric in shown]
         table.add_row(_named(model, labels), *cells)
     if candidates:
-        by_chance = chance(candidates)
-        table.add_row(
-            _styled("Random order", "dim"), *(_styled(f"{by_chance[m.removeprefix(NEW)]:.3f}", "dim") for m in shown)
-        )
+        chances = [chance(candidates).get(metric.removeprefix(NEW)) for metric in shown]
+        table.add_row(*(_styled(text, "dim") for text in ("Random order", *(_or_dash(c) for c in chances))))
     return table
 
 
@@ -229,6 +227,10 @@ def _table(title: str | None, first: str, metrics: Sequence[str]) -> Table:
     for metric in metrics:
         table.add_column(METRIC_LABELS[metric], justify="right", no_wrap=True)
     return table
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _styled(text: str, style: str) -> Any:

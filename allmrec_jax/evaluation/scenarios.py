@@ -4,6 +4,11 @@ overall                 all rows of `test`
 cold-items, warm-items  rows whose target is among the 35 % of the catalogue with the fewest (most) training
                         interactions; beside each the rule "at most (more than) 5", as NAME-by-rule
 cold-users              lists of their own
+few-shot-256, -128      all rows of `test`, by models that were trained on so many users alone
+cross-domain            another data set's test users (`cross_domain`)
+genres                  those of `test` whose item has a category (`genres`)
+full-catalogue          `test`, no list given (`full_catalogue`)
+generated               `test`, answers in words (`written`)
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ ROWS = {  # whose rows
     "cold-users": "cold-users",
     **{f"few-shot-{k}": "test" for k in FEW_SHOT},
 }
-NAMES = (*ROWS, "cross-domain", "genres")
+ALL = (*ROWS, "cross-domain", "genres")  # the paper's, and what `all` means
+NAMES = (*ALL, "full-catalogue", "generated")
 FREE = ("overall", "cold-items", "warm-items")  # of the same scored users
 
 
@@ -44,7 +50,7 @@ class Part:
 
 
 def asked(names: Iterable[str] | None, few_shot: int | None = None) -> tuple[str, ...]:
-    """The scenarios that the names mean, in the order of `NAMES`; None is those that cost nothing more, `all` is each.
+    """The scenarios that the names mean, in the order of `NAMES`; None is those that cost nothing more, `all` is `ALL`.
 
     Args:
       few_shot: where everything was trained on so many users alone, there is that scenario only.
@@ -59,7 +65,8 @@ def asked(names: Iterable[str] | None, few_shot: int | None = None) -> tuple[str
             raise UserError(f"there is no scenario {name!r}; choose among {', '.join(NAMES)}, or all")
         if name not in (*there, "all"):
             raise UserError(f"{name} needs models of all users; those of this work directory saw {few_shot} alone")
-    return there if "all" in names else tuple(name for name in there if name in names)
+    wanted = {*names, *(ALL if "all" in names else ())}
+    return tuple(name for name in there if name in wanted)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -70,7 +77,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def why_not(dataset: Dataset, name: str) -> str | None:
     """Why the scenario does not apply to the data set; None if it does."""
-    return dataset.manifest["scenarios"][name]["reason"]
+    stored = dataset.manifest["scenarios"]
+    return stored[name if name in stored else "overall"]["reason"]
 
 
 def parts(dataset: Dataset, name: str, lists: Lists) -> dict[str, Part]:

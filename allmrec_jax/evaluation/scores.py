@@ -112,8 +112,7 @@ def through_llm(
     x = pipeline.experiment
     _resize(saved, len(lists.users))
     histories = pipeline.dataset.histories(lists.users, x.llm.history, lists.split)
-    heads, table = (pipeline.heads, INJECTED[name]) if name in INJECTED else (None, None)
-    e = None if table is None else getattr(pipeline.aligned, table)
+    heads, e = injected(pipeline, name)
     return score_users(
         pipeline.ranker(heads, candidates=lists.candidates.shape[1], e=e),
         [row[row != 0] for row in histories],
@@ -136,3 +135,11 @@ def _resize(path: Path, rows: int) -> None:
         more = np.full((max(0, rows - len(scores)), scores.shape[1]), np.nan, np.float32)
         with write_atomically(path) as file:
             np.save(file, np.concatenate([scores[:rows], more]))
+
+
+def injected(pipeline: Pipeline, name: str) -> tuple[Any, np.ndarray | None]:
+    """(the heads of one of `THROUGH_LLM`, None for the LLM alone; what F_I reads of items, if not as in training)."""
+    if name not in INJECTED:
+        return None, None
+    table = INJECTED[name]
+    return pipeline.heads, None if table is None else getattr(pipeline.aligned, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from allmrec_jax.evaluation.labels import METRIC_LABELS, SHOWN, clean, model_labels, scenario_title
@@ -25,15 +25,14 @@ def to_csv(scenarios: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def to_latex(
-    scenarios: Mapping[str, Any], facts: Mapping[str, Any], about: Mapping[str, Any], metrics: Sequence[str] = SHOWN
-) -> str:
+def to_latex(scenarios: Mapping[str, Any], facts: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """A `table` of each scenario: models by metrics, the best figure bold, the 95 % interval small beside it.
 
     It needs the package booktabs.
     """
     labels, parts = model_labels(about), []
     for name, models in scenarios.items():
+        metrics = facts[name].get("metrics", SHOWN)
         shown = [metric for metric in metrics if any(metric in of for of in models.values())]
         best = {metric: max(of[metric]["value"] for of in models.values() if metric in of) for metric in shown}
         lines = [
