@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import write_encoder, write_llm, write_movielens
@@ -98,42 +99,66 @@ def altered(original, change):
     return make
 
 
-def test_a_difference_in_sasrec_is_found_in_its_block(experiment, tmp_path, monkeypatch):
+def test_a_difference_in_sasrec_is_found_in_its_block_and_the_command_fails(options, tmp_path, monkeypatch, capsys):
     def change(model):
         model.forward_layers[-1].conv1.bias += 0.05
 
     monkeypatch.setattr(stage_cf, "baseline", altered(stage_cf.baseline, change))
-    found = compare.compare(Pipeline(experiment, tmp_path / "w"), steps=2, stages=("cf",))
-    failed = {entry.name: entry for entry in found.checks if not entry.passed}
+    work, file = tmp_path / "w", tmp_path / "c.json"
+    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--stage", "cf", "--steps", "2"]
+    assert cli.main([*arguments, *options, "--json", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "checks differ; the first is stage 0: x_u, first in SASRec's block 2" in said
+    found = json.loads(file.read_text())
+    assert not found["passed"]
+    failed = {entry["name"]: entry for entry in found["checks"] if not entry["passed"]}
     assert {"stage 0: x_u", "stage 0: losses of 2 steps"} <= set(failed)
-    assert {entry.parts for entry in failed.values()} == {f"SASRec's block {experiment.cf.blocks}"}
+    assert {entry["parts"] for entry in failed.values()} == {"SASRec's block 2"}
+    assert "DIFFERS; first in SASRec's block 2" in (work / "compare.md").read_text()
 
 
-def test_a_difference_in_the_encoder_is_found_in_its_layer(experiment, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def parts(experiment, tmp_path_factory) -> compare.Parts:
+    return compare.Parts(Pipeline(experiment, tmp_path_factory.mktemp("parts") / "w"))
+
+
+def test_a_difference_in_the_encoder_is_found_in_its_layer(parts, monkeypatch):
     def change(modules):
         bias = modules["encoder"].transformer.encoder.layer[0].output.dense.bias
         bias += torch.linspace(0, 0.3, len(bias))
 
+    def found() -> str:
+        encoder, items = parts.pipeline.encoder, np.arange(1, 6)
+        trace = stage_align.trace(parts.begin, encoder, parts.aligned, parts.aligned, items)
+        return checks.first_parting(trace, checks.TOLERANCES["output"])
+
+    assert found() == ""
     monkeypatch.setattr(stage_align, "baseline", altered(stage_align.baseline, change))
-    found = compare.compare(Pipeline(experiment, tmp_path / "w"), steps=2, stages=("align",))
-    failed = {entry.name: entry for entry in found.checks if not entry.passed}
-    assert "stage 1: Q" in failed
-    assert {entry.parts for entry in failed.values()} == {"the sentence encoder's layer 1"}
+    assert found() == "the sentence encoder's layer 1"
 
 
-def test_a_difference_in_the_llm_is_found_in_its_layer_and_the_command_fails(options, tmp_path, monkeypatch, capsys):
-    def change(model):
+def test_a_difference_in_the_llm_or_a_head_is_found_there(parts):
+    pipeline, config = parts.pipeline, parts.x.llm
+    examples, _ = parts.examples
+    random = np.random.default_rng(0)
+    x_u = random.normal(size=(len(examples.users), 8)).astype(np.float32)
+    inputs = stage_llm.Inputs(x_u, random.uniform(size=(pipeline.dataset.n_items + 1, 6)).astype(np.float32))
+    heads, model = parts.heads(inputs), stage_llm.transformer(parts.llm, pipeline.llm_folder)
+    [prompt] = examples.builder.prompts([[1, 2]], [[3, 4]])
+
+    def found(theirs) -> str:
+        sides = (heads, theirs), (inputs, inputs), (x_u[0], x_u[0])
+        return checks.first_parting(stage_llm.trace(parts.llm, model, prompt, *sides), checks.TOLERANCES["output"])
+
+    assert config.init == "held"
+    assert found(heads) == ""
+    other = jax.tree.map(np.array, heads)
+    other["F_I"]["dense1"]["bias"][0] += 1
+    assert found(other) == "F_I"
+    with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 2
-
-    monkeypatch.setattr(stage_llm, "transformer", altered(stage_llm.transformer, change))
-    work, file = tmp_path / "w", tmp_path / "c.json"
-    arguments = ["compare", "--config", "demo", "--workdir", str(work), "--steps", "2", "--users", "3"]
-    assert cli.main([*arguments, "--stage", "llm", *options, "--json", str(file)]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "checks differ; the first is stage 2: log-likelihoods of candidates, first in the LLM's layer 2" in said
-    assert not json.loads(file.read_text())["passed"]
-    assert "DIFFERS; first in the LLM's layer 2" in (work / "compare.md").read_text()
+    assert found(heads) == "the LLM's layer 2"
 
 
 def tree(**arrays) -> dict:

@@ -92,6 +92,7 @@ def others(tmp_path_factory) -> list[str]:
         "llm.history": 3,
         "evaluation.users": 6,
         "evaluation.candidates": 4,
+        "evaluation.validation-users": 4,
         "evaluation.resamples": 50,
     }
     return [str(part) for name, value in named.items() for part in (f"--{name}", value)]
