@@ -272,7 +272,8 @@ def test_both_trained_from_the_same_weights_end_with_the_same_metrics(options, t
 @pytest.mark.slow
 def test_both_trained_on_real_data_end_with_the_same_metrics(options, test_data, tmp_path):
     real = ["--data.name", str(test_data("ml-100k")), "--cf.width", "50", "--cf.maxlen", "50", "--cf.batch", "128"]
-    real += ["--cf.epochs", "20", "--align.batch", "32", "--llm.candidates", "6", "--evaluation.candidates", "20"]
+    real += ["--cf.epochs", "10", "--align.batch", "32", "--align.epochs", "1", "--llm.epochs", "0.25"]
+    real += ["--llm.candidates", "3", "--evaluation.candidates", "3"]  # of real titles, in tokens of a byte each
     wanted = [part for at in range(0, len(options), 2) if options[at] not in real for part in options[at : at + 2]]
     work, file = tmp_path / "w", tmp_path / "c.json"
     arguments = ["compare", "--config", "demo", "--workdir", str(work), "--train", "--users", "64"]
