@@ -13,7 +13,7 @@ from allmrec_jax.data import planted
 from allmrec_jax.data.candidates import draw_for_test
 from allmrec_jax.data.prompts import PromptBuilder, template_of
 from allmrec_jax.errors import UserError
-from allmrec_jax.evaluation.rank import make_ranker
+from allmrec_jax.evaluation.rank import Ranker
 from allmrec_jax.models import alignment, given, params
 from allmrec_jax.training import inject
 from allmrec_jax.training.cf import CFModel
@@ -94,10 +94,8 @@ def test_held_out_users_are_told_to_the_llm_by_vectors_alone(world, tmp_path):
     def hits(heads, x_u) -> float:
         titles, template = test.titles(), template_of(config)
         builder = PromptBuilder(llm.tokenizer, titles, template, context=llm.context, inject=heads is not None)
-        ranker = make_ranker(llm, heads, builder=builder, e=e, mesh=mesh, candidates=lists.shape[1], batch=25)
-        parts = [slice(start, start + 25) for start in range(0, TESTED, 25)]
-        scores = np.concatenate([ranker(histories[part], lists[part], x_u[part]) for part in parts])
-        return float((scores.argmax(1) == column).mean())
+        ranker = Ranker(llm, heads, builder=builder, e=e, mesh=mesh, candidates=lists.shape[1], batch=25)
+        return float((ranker(histories, lists, x_u).argmax(1) == column).mean())
 
     chance = 1 / lists.shape[1]
     figures = {"a-llmrec": hits(heads, x_u), "llm-only": hits(None, x_u), "of another user": hits(heads, x_u[::-1])}
